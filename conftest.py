@@ -1,0 +1,41 @@
+"""What every test of the workspace shares: hardware markers and fixed seeds."""
+
+import os
+import random
+import sys
+
+import pytest
+
+# Tests never reach a model hub; what needs one carries the marker `network`.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what the hardware cannot run, saying what was needed and what was found."""
+    needs = {"gpu": 1, "multigpu": 2}
+    marked = [(item, name) for item in items for name in needs if item.get_closest_marker(name)]
+    if not marked:
+        return
+    found = _num_gpus()
+    for item, name in marked:
+        if found < needs[name]:
+            reason = f"needs {needs[name]} GPU(s), found {found}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    random.seed(0)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(0)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
