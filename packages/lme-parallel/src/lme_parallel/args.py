@@ -1,0 +1,174 @@
+"""The `distributed_args` section: how a model is spread over processes and what is recomputed."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DtypeName = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
+ScheduleName = Literal[
+    "GPipe",
+    "1F1B",
+    "Interleaved1F1B",
+    "FlexibleInterleaved1F1B",
+    "LoopedBFS",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+]
+
+
+def require_positive(**values: int | None) -> None:
+    """Raise unless every value is absent or at least 1.
+
+    Args:
+        values: Settings by the name the user writes; `None` means not given.
+
+    Raises:
+        ValueError: Naming the first setting below 1.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroTopologyArgs:
+    """How the data-parallel ranks divide into replicas and shards (hybrid sharding)."""
+
+    data_parallel_replication_world_size: int | None = None
+    """Copies of the sharded model; null: 1."""
+    data_parallel_sharding_world_size: int | None = None
+    """Ranks that share one copy; null: all data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.data_parallel_replication_world_size, self.data_parallel_sharding_world_size)
+        require_positive(
+            data_parallel_replication_world_size=sizes[0],
+            data_parallel_sharding_world_size=sizes[1],
+        )
+        if (sizes[0] is None) != (sizes[1] is None):
+            missing = (
+                "data_parallel_replication_world_size"
+                if sizes[0] is None
+                else "data_parallel_sharding_world_size"
+            )
+            raise ValueError(f"`zero_topology` needs both sizes or neither; `{missing}` is missing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientCheckpointingArgs:
+    """Which blocks are recomputed in the backward pass."""
+
+    checkpoint_every_n_layers: int | None = None
+    """Recompute layers 0, n, 2n, ...; null: every layer."""
+    num_blocks: int | None = None
+    """Only the first this many layers are considered; null: all."""
+    block_name: str | None = None
+    """Accepted for older run files and ignored with a warning: blocks are found by structure."""
+    use_reentrant: bool = False
+    """Use torch's reentrant implementation; slower to compile, otherwise the same numbers."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            checkpoint_every_n_layers=self.checkpoint_every_n_layers, num_blocks=self.num_blocks
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistributedArgs:
+    """How the model is spread over processes, recomputed and compiled."""
+
+    stage: Literal[0, 1, 2, 3] = 3
+    """ZeRO stage: 0 all whole; 1 optimizer state sharded; 2 gradients too; 3 parameters too."""
+    fsdp_algorithm: Literal[1, 2, 3] | None = 2
+    """1 FullyShardedDataParallel, 2 fully_shard, 3 runs as 2; null: DDP (stage 0) or one process."""
+    zero_topology: ZeroTopologyArgs = field(default_factory=ZeroTopologyArgs)
+    """Replicas and shards of the data-parallel ranks; absent: one replica, all ranks shard it."""
+    cpu_offload: bool = False
+    """Keep sharded parameters and optimizer state in host memory between steps."""
+    communication_dtype: DtypeName | None = None
+    """Dtype in which gradients are summed over ranks; null: fp32."""
+    gradient_checkpointing_method: Literal["block", "full"] | None = None
+    """`block` recomputes the blocks chosen by `gradient_checkpointing_args`, `full` every block."""
+    gradient_checkpointing_args: GradientCheckpointingArgs = field(
+        default_factory=GradientCheckpointingArgs
+    )
+    """Which blocks `gradient_checkpointing_method: block` recomputes."""
+    torch_compile: bool = False
+    """Compile each block, in place."""
+    tensor_parallel_world_size: int = 1
+    """Ranks that split each matrix."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence between tensor-parallel regions."""
+    use_async_tensor_parallel: bool = False
+    """Overlap tensor-parallel communication with matrix products, where the device can."""
+    pipeline_parallel_world_size: int = 1
+    """Ranks in a pipeline."""
+    num_pipeline_stages: int = 1
+    """Pieces the layers are cut into; a multiple of `pipeline_parallel_world_size`."""
+    pipeline_parallel_schedule: ScheduleName | None = None
+    """Order of micro batches through the stages; required with more than one stage."""
+    context_parallel_world_size: int = 1
+    """Ranks that split each sequence."""
+    context_parallel_load_balancing_method: Literal["headtail"] | None = None
+    """`headtail`: rank r takes chunks r and 2W-1-r of 2W; null: contiguous chunks."""
+    expert_parallel_world_size: int = 1
+    """Ranks, out of the data-parallel ones, that divide the experts of a MoE layer."""
+    timeout_minutes: int | None = None
+    """Minutes after which a stuck collective fails; null: torch's default."""
+    sync_every_gradient_accumulation_step: bool | None = None
+    """Sum gradients over ranks in every micro step; null: in stages 2 and 3 only."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            tensor_parallel_world_size=self.tensor_parallel_world_size,
+            pipeline_parallel_world_size=self.pipeline_parallel_world_size,
+            num_pipeline_stages=self.num_pipeline_stages,
+            context_parallel_world_size=self.context_parallel_world_size,
+            expert_parallel_world_size=self.expert_parallel_world_size,
+            timeout_minutes=self.timeout_minutes,
+        )
+        self._check_data_parallel()
+        self._check_tensor_parallel()
+        self._check_pipeline()
+
+    def _check_data_parallel(self) -> None:
+        sharding = self.zero_topology.data_parallel_sharding_world_size
+        if self.stage == 0 and sharding is not None and sharding != 1:
+            raise ValueError(
+                "`stage: 0` keeps everything whole, so `data_parallel_sharding_world_size` must be"
+                f" 1 or absent, got {sharding}; use `stage: 3` to shard"
+            )
+        if self.cpu_offload and self.fsdp_algorithm is None:
+            raise ValueError("`cpu_offload: true` needs `fsdp_algorithm` 1, 2 or 3, got null")
+
+    def _check_tensor_parallel(self) -> None:
+        size = self.tensor_parallel_world_size
+        if size > 1 and self.fsdp_algorithm == 1:
+            raise ValueError(
+                f"`tensor_parallel_world_size: {size}` does not work with `fsdp_algorithm: 1`;"
+                " use `fsdp_algorithm: 2`"
+            )
+        if self.sequence_parallel and size == 1:
+            raise ValueError(
+                "`sequence_parallel: true` needs `tensor_parallel_world_size` of at least 2, got 1"
+            )
+        if self.use_async_tensor_parallel and not self.sequence_parallel:
+            raise ValueError("`use_async_tensor_parallel: true` needs `sequence_parallel: true`")
+
+    def _check_pipeline(self) -> None:
+        ranks, stages = self.pipeline_parallel_world_size, self.num_pipeline_stages
+        if stages % ranks:
+            raise ValueError(
+                f"`num_pipeline_stages` must be a multiple of `pipeline_parallel_world_size`"
+                f" ({ranks}), got {stages}"
+            )
+        if stages > 1 and self.pipeline_parallel_schedule is None:
+            raise ValueError(
+                f"`num_pipeline_stages: {stages}` needs a `pipeline_parallel_schedule`, for example"
+                " `1F1B`"
+            )
+        if ranks > 1 and self.fsdp_algorithm == 1:
+            raise ValueError(
+                f"`pipeline_parallel_world_size: {ranks}` does not work with `fsdp_algorithm: 1`;"
+                " use `fsdp_algorithm: 2`"
+            )
