@@ -1,0 +1,120 @@
+"""Every YAML block and every command in the documents is one that works."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *ROOT.glob("packages/*/README.md"), *ROOT.glob("docs/**/*.md")]
+RUN_FILES = sorted(ROOT.glob("configs/**/*.yml"))
+
+
+def blocks(language):
+    for document in DOCUMENTS:
+        pattern = rf"^```{language}\n(.*?)^```"
+        for number, match in enumerate(re.finditer(pattern, document.read_text(), re.M | re.S)):
+            yield pytest.param(match[1], id=f"{document.relative_to(ROOT)}-{number}")
+
+
+def lme(*arguments, cwd=None, timeout=240):
+    command = [sys.executable, "-m", "lme_cli", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_every_yaml_block_passes_config_check(text, tmp_path):
+    file = tmp_path / "run.yml"
+    file.write_text(text)
+    complete = "save_args" in text and "training_parameters" in text and "model_args" in text
+    unshard = "unsharded_path" in text
+    result = lme("config", "check", str(file), *([] if complete or unshard else ["--fragment"]))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_shipped_run_file_passes_config_check(file):
+    result = lme("config", "check", str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_every_python_block_runs(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# Commands that install or start the tests are not run from within a test; the default run is
+# short here, and in full in `.ci/run` by its own test.
+_NOT_RUN = ("pip install", "uv sync", "uv run pytest", "uv pip", "UV_PROJECT_ENVIRONMENT")
+
+
+def readme_commands():
+    (block, *others) = [
+        each.values[0] for each in blocks("bash") if each.id.startswith("README.md")
+    ]
+    text = "\n".join([block, *others])
+    return [line for line in text.splitlines() if line and not line.startswith(_NOT_RUN)]
+
+
+def test_the_readme_commands_run_in_their_order(tmp_path):
+    """In one folder, with the README's own run file shrunk to what a test can train."""
+    text = (ROOT / "README.md").read_text()
+    run = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", text, re.M | re.S)[1])
+    _shrink(run)
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(run))
+    _tokenize(tmp_path)
+    short = ["--set", "training_parameters.num_training_steps=4"]
+    for command in readme_commands():
+        words = shlex.split(command)
+        if words[:2] == ["uv", "run"]:
+            words = words[2:]
+        assert words[0] == "lme", command
+        words = words[1:]
+        if words == ["train"]:
+            words += [*short, "--set", "training_parameters.eval_interval=2"]
+        result = lme(*words, cwd=tmp_path)
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+
+
+def _shrink(run):
+    run["model_args"]["pretrained_config"] |= {
+        "vocab_size": 512,
+        "hidden_size": 96,
+        "num_layers": 2,
+    }
+    run["training_parameters"] |= {
+        "num_training_steps": 4,
+        "micro_batch_size": 2,
+        "eval_interval": 2,
+    }
+    run["datasets"][0]["class_args"]["sequence_length"] = 64
+    run["mixed_precision_args"]["dtype"] = "fp32"
+
+
+def _tokenize(folder):
+    """The token files and tokenizer that the README's run file names."""
+    tokenizers = pytest.importorskip("tokenizers")
+    texts = [path.read_text() for path in sorted(ROOT.glob("docs/**/*.md"))] * 4
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=512, special_tokens=["<|endoftext|>"])
+    (folder / "data").mkdir()
+    tokenizer.save(str(folder / "data" / "tokenizer.json"))
+    (folder / "text").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "text" / f"{number}.txt").write_text(text)
+    for split in ("train", "val"):
+        result = lme(
+            "data", "tokenize", "text", "--tokenizer", "data/tokenizer.json",
+            "--output-prefix", f"data/{split}", cwd=folder,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
