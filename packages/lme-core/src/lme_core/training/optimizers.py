@@ -1,0 +1,168 @@
+"""Optimizers by name, and which parameters they decay and how fast they learn."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lme_core.training.optimizer_args import OptimizerArgs, TorchAdamWArgs, TorchLBFGSArgs
+
+__all__ = [
+    "OptimizerArgs",
+    "TorchAdamWArgs",
+    "Traits",
+    "build_optimizer",
+    "parameter_groups",
+    "step_optimizer",
+]
+
+# torch has a fused update for these, and it skips a step on the device when told to.
+_FUSED = frozenset({torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad})
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+class Traits(Protocol):
+    """What a model says about one of its parameters."""
+
+    @property
+    def weight_decay(self) -> bool:
+        """Whether weight decay acts on it."""
+        ...
+
+    @property
+    def mup(self) -> bool:
+        """Whether it learns at the learning rate divided by `m_width` under mup."""
+        ...
+
+
+def parameter_groups(
+    named_parameters: Mapping[str, Parameter],
+    traits: Mapping[str, Traits],
+    *,
+    method: str | None,
+    m_width: float | None,
+    lr: float,
+) -> list[dict[str, Any]]:
+    """Sort parameters into groups of equal learning rate and weight decay.
+
+    Args:
+        named_parameters: What the optimizer updates, by fully qualified name.
+        traits: For each of these names at least, what the model says about it.
+        method: null, or mup.
+        m_width: Width multiplier of the model; needed by mup.
+        lr: Learning rate of a normal group.
+
+    Returns:
+        Groups with `name`, `params` and `param_names` sorted by name, and where they differ from
+        the optimizer's defaults `lr` and `weight_decay`. In order: normal, no_weight_decay, mup,
+        mup_no_weight_decay; empty ones are left out. Both traits count: a parameter that is
+        marked for mup and not for decay is not decayed.
+
+    Raises:
+        ValueError: If mup is asked for and the model has no `m_width`, or a name has no traits.
+    """
+    if method == "mup" and m_width is None:
+        raise ValueError(
+            "`optimizer_args.params_group_method: mup` needs `m_width` in "
+            "`model_args.pretrained_config`; set it, or use null"
+        )
+    missing = sorted(named_parameters.keys() - traits.keys())
+    if missing:
+        raise ValueError(f"the model says nothing about the parameters {', '.join(missing)}")
+    names: dict[str, list[str]] = {
+        "normal": [],
+        "no_weight_decay": [],
+        "mup": [],
+        "mup_no_weight_decay": [],
+    }
+    for name in sorted(named_parameters):
+        mup = method == "mup" and traits[name].mup
+        decay = traits[name].weight_decay
+        if mup:
+            names["mup" if decay else "mup_no_weight_decay"].append(name)
+        else:
+            names["normal" if decay else "no_weight_decay"].append(name)
+    groups: list[dict[str, Any]] = []
+    for group, members in names.items():
+        if not members:
+            continue
+        entry: dict[str, Any] = {
+            "name": group,
+            "params": [named_parameters[name] for name in members],
+            "param_names": members,
+        }
+        if group.startswith("mup") and m_width is not None:
+            entry["lr"] = lr / m_width
+        if group.endswith("no_weight_decay"):
+            entry["weight_decay"] = 0.0
+        groups.append(entry)
+    return groups
+
+
+def build_optimizer(
+    args: OptimizerArgs,
+    named_parameters: Mapping[str, Parameter],
+    traits: Mapping[str, Traits],
+    m_width: float | None = None,
+) -> torch.optim.Optimizer:
+    """Build the optimizer of a run.
+
+    Where `fused` and `foreach` are null and every parameter is on a device with a fused update,
+    that is taken: it is as fast as any, and it can skip a step without asking the host.
+
+    Args:
+        args: `optimizer_args` of the run file.
+        named_parameters: What it updates, by fully qualified name.
+        traits: What the model says about each of these names.
+        m_width: Width multiplier of the model; needed by mup.
+
+    Returns:
+        A torch optimizer whose groups carry `name` and `param_names`.
+
+    Raises:
+        ValueError: If L-BFGS is asked for, or a group cannot be made (`parameter_groups`).
+    """
+    if isinstance(args, TorchLBFGSArgs):
+        raise ValueError("`optimizer_args.class_name` must not be TorchLBFGS")
+    groups = parameter_groups(
+        named_parameters,
+        traits,
+        method=args.params_group_method,
+        m_width=m_width,
+        lr=args.class_args.lr,
+    )
+    settings = asdict(args.class_args)
+    if "weight_decay" not in settings:
+        for group in groups:
+            group.pop("weight_decay", None)
+    if settings.get("fused", False) is None:
+        devices = {parameter.device.type for parameter in named_parameters.values()}
+        if settings["foreach"] is None and devices <= _FUSED_DEVICES:
+            settings["fused"] = True
+    return args.torch_class(groups, **settings)
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
+    """Update the parameters, unless the gradient norm is not finite.
+
+    A fused optimizer decides on the device; any other waits for the norm.
+
+    Args:
+        optimizer: What updates.
+        grad_norm: Global gradient norm, 0-d, on the parameters' device.
+    """
+    finite = torch.isfinite(grad_norm)
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if not fused:
+        if bool(finite):
+            optimizer.step()
+        return
+    # The protocol of torch's own gradient scaler: a fused step reads this attribute.
+    optimizer.found_inf = torch.logical_not(finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
