@@ -1,0 +1,78 @@
+"""Which accelerator is here, and what each backend needs of it."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+# Device types of torch tensors that a backend runs on; one that is not here decides for itself.
+# Pallas and NKI functions take arrays of their own frameworks and are never chosen for a tensor.
+SERVED_DEVICES: dict[str, frozenset[str]] = {
+    "triton": frozenset({"cuda", "xpu"}),
+    "cuda": frozenset({"cuda"}),
+    "pallas": frozenset(),
+    "nki": frozenset(),
+}
+
+NEEDED_PACKAGES: dict[str, str] = {"triton": "triton", "pallas": "jax", "nki": "neuronxcc"}
+
+TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def types_here() -> tuple[str, ...]:
+    """Types of the devices whose tensors can exist here: the CPU and its accelerator, if any."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+def is_triton_interpreted() -> bool:
+    """Whether Triton kernels run as Python on the CPU (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y")
+
+
+def why_unavailable(backend: str, device_type: str) -> str | None:
+    """Say why `backend` cannot run on tensors of `device_type`.
+
+    Args:
+        backend: One of `lme_kernels.op.Backend`.
+        device_type: `torch.device.type`: "cpu", "cuda", "xpu", ...
+
+    Returns:
+        The reason in words, or `None` if the backend can run there.
+    """
+    if backend == "torch":
+        return None
+    package = NEEDED_PACKAGES.get(backend)
+    if package is not None and find_spec(package) is None:
+        return f"the package `{package}` is not installed"
+    if backend == "triton" and device_type == "cpu":
+        if is_triton_interpreted():
+            return None
+        return "Triton runs on CPU tensors only under its interpreter (`TRITON_INTERPRET=1`)"
+    served = SERVED_DEVICES.get(backend)
+    if served is None:
+        return None
+    if not served:
+        return "its functions take arrays of their own framework, not torch tensors"
+    if device_type not in served:
+        return f"it runs on {', '.join(sorted(served))} tensors, and these are on {device_type}"
+    return None
+
+
+def why_not_triton(*tensors: Tensor | None) -> str | None:
+    """Say why the Triton kernels of this package cannot take `tensors`.
+
+    The kernels accumulate in float32, so float64 (used to prove gradients) is left to the
+    reference, which accumulates in float64.
+
+    Args:
+        tensors: The floating-point arguments of a call; `None` stands for one left out.
+
+    Returns:
+        The reason in words, or `None` if they can.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in TRITON_DTYPES:
+            return f"{tensor.dtype} is not among float32, float16 and bfloat16"
+    return None

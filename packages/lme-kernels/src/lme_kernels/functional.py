@@ -1,0 +1,53 @@
+"""Every public function, and the list of ops: one line an op."""
+
+# ruff: noqa: F401
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lme_kernels.op import Op
+from lme_kernels.ops.attention import ATTENTION, attention
+from lme_kernels.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
+from lme_kernels.ops.fused_linear_cross_entropy import (
+    FUSED_LINEAR_CROSS_ENTROPY,
+    fused_linear_cross_entropy,
+)
+from lme_kernels.ops.fused_residual_add_rmsnorm import (
+    FUSED_RESIDUAL_ADD_RMSNORM,
+    fused_residual_add_rmsnorm,
+)
+from lme_kernels.ops.gated_rmsnorm import GATED_RMSNORM, gated_rmsnorm
+from lme_kernels.ops.geglu import GEGLU, geglu
+from lme_kernels.ops.layernorm import LAYERNORM, layernorm
+from lme_kernels.ops.p_norm import P_NORM, p_norm
+from lme_kernels.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
+from lme_kernels.ops.relu_squared import RELU_SQUARED, relu_squared
+from lme_kernels.ops.rmsnorm import RMSNORM, rmsnorm
+from lme_kernels.ops.rope import ROPE, rope
+from lme_kernels.ops.softmax import SOFTMAX, softmax
+from lme_kernels.ops.swiglu import SWIGLU, swiglu
+from lme_kernels.ops.swiglu_packed import SWIGLU_PACKED, swiglu_packed
+
+ALL_OPS: Mapping[str, Op] = MappingProxyType(
+    {
+        op.name: op
+        for op in (
+            ATTENTION,
+            CROSS_ENTROPY,
+            FUSED_LINEAR_CROSS_ENTROPY,
+            FUSED_RESIDUAL_ADD_RMSNORM,
+            GATED_RMSNORM,
+            GEGLU,
+            LAYERNORM,
+            P_NORM,
+            QK_NORM_ROPE,
+            RELU_SQUARED,
+            RMSNORM,
+            ROPE,
+            SOFTMAX,
+            SWIGLU,
+            SWIGLU_PACKED,
+        )
+    }
+)
+"""Every op by name."""

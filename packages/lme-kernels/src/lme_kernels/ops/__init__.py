@@ -1,0 +1,1 @@
+"""One folder an op: `reference.py` is its definition, `_<backend>.py` an implementation."""

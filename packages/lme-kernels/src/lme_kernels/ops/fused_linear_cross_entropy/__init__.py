@@ -1,0 +1,74 @@
+"""Cross-entropy of a linear layer's output, which never exists whole."""
+
+import torch
+from torch import Tensor
+
+from lme_kernels.op import Backend, Op
+from lme_kernels.ops.cross_entropy.options import LossOptions
+from lme_kernels.ops.fused_linear_cross_entropy import reference
+
+FUSED_LINEAR_CROSS_ENTROPY = Op(
+    name="fused_linear_cross_entropy",
+    reference=reference.fused_linear_cross_entropy,
+)
+
+
+def fused_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    grad_accum_dtype: torch.dtype | None = torch.float32,
+    backend: Backend | str | None = None,
+) -> Tensor:
+    """Negative log-probability of each label under `x @ weight.T`, in nats.
+
+    What a row costs is said in `cross_entropy`. The logits are made a few rows at a time, in the
+    dtype of `x`, and made again where a gradient needs them.
+
+    Args:
+        x: Last hidden states, shape (T, H).
+        weight: Rows of the output layer, shape (V, H), dtype of `x`.
+        labels: Classes, shape (T,), integer.
+        ignore_index: Label of rows that cost nothing and get no gradient.
+        label_smoothing: Weight of the uniform distribution in the target, from 0 to 1.
+        z_loss: Factor of the squared log-partition, at least 0.
+        softcap: Bound on the scaled logits' magnitude, above 0; `None` for no bound.
+        logit_scale: Factor of the logits, before the bound.
+        reduction: "none" for a loss a row, "sum", or "mean" over the rows that are not ignored.
+        grad_accum_dtype: Dtype in which the gradient of `weight` is summed over rows; `None` for
+            that of `weight`, which takes less memory and rounds more.
+        backend: Implementation to run; `None` takes the fastest one proven for `x`'s device.
+
+    Returns:
+        Shape (T,) for "none", else a scalar; at least float32. The mean over no rows is 0.
+
+    Raises:
+        ValueError: If the shapes or dtypes do not fit or an option is out of range.
+        UnsupportedBackendError: If `backend` is named and cannot serve the call.
+
+    Source: Wijmans et al. 2024 (arXiv:2411.09009) for the idea; the numbers are those of
+    `torch.nn.functional.cross_entropy`.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"`x` and `weight` must have shapes (T, H) and (V, H), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"`weight` must have the dtype {x.dtype} of `x`, got {weight.dtype}")
+    if labels.shape != x.shape[:1]:
+        expected, got = tuple(x.shape[:1]), tuple(labels.shape)
+        raise ValueError(f"`labels` must have shape {expected} to match `x`, got {got}")
+    options = LossOptions(
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction
+    ).check()
+    accumulate = weight.dtype if grad_accum_dtype is None else grad_accum_dtype
+    function = FUSED_LINEAR_CROSS_ENTROPY.choose(backend, x, weight, labels)
+    return function(x, weight, labels, options, accumulate)
