@@ -1,0 +1,316 @@
+"""A decoder: embedding, blocks by layer, norm, head; whole or a slice of it."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lme_core.architectures.cache import DecoderCache
+from lme_core.architectures.decoder_config import DecoderConfig
+from lme_core.layers import random
+from lme_core.layers.context import SequenceContext
+from lme_core.layers.dropout import dropout
+from lme_core.layers.initialization import ParameterSpec, ParameterTraits, collect_specs
+from lme_core.layers.linear import Embedding, Linear
+from lme_core.layers.normalization import build_norm
+from lme_core.mixers.base import LayerCache, SequenceMixer
+from lme_kernels.ops.fused_linear_cross_entropy import FUSED_LINEAR_CROSS_ENTROPY
+from lme_kernels.policy import KernelPolicy
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """What the head makes of the last hidden states."""
+
+    logits: Tensor | None
+    """Shape (B, S, V)."""
+    nll_sum: Tensor | None
+    """Sum of the negative log-likelihoods of the labels that are not -100, in nats; 0-d."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOutputs:
+    """What a forward pass gives."""
+
+    logits: Tensor | None
+    """Shape (B, S, V); `None` if they were not asked for."""
+    nll_sum: Tensor | None
+    """Summed negative log-likelihood in nats, 0-d; `None` if logits were asked for."""
+    auxiliary: Mapping[str, Tensor]
+    """Further losses by name, each a sum over the batch's sequences."""
+
+
+class Block(nn.Module):
+    """One layer; what it adds to the residual stream is its architecture's business."""
+
+    sequence_mixer: SequenceMixer
+
+    def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
+        """Update the residual stream.
+
+        Args:
+            x: Shape (B, S, H).
+            context: Facts about the batch, at this layer.
+            cache: This layer's, in generation.
+
+        Returns:
+            Shape (B, S, H).
+        """
+        raise NotImplementedError
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks keyed by layer, final norm and head.
+
+    A pipeline stage is a copy of which some blocks, `embedding` or `final_norm` and `lm_head` were
+    taken away: `embed`, `run_blocks` and `head` touch only what they need.
+    """
+
+    linear_nll: Callable[..., Tensor]
+    """The op (x (T, H), weight (V, H), labels (T,), *, logit_scale, reduction) -> loss. Public so
+    that a vocabulary cut over devices can be served by another function."""
+    linear_logits: Callable[[Tensor, Tensor], Tensor]
+    """The product (x (..., H), weight (V, H)) -> logits; public for the same reason."""
+
+    shard_plan: ClassVar[Mapping[str, str] | None] = {"embedding": "vocab", "lm_head": "vocab"}
+    """How parameters may be cut; "vocab" is by rows, so by tokens of the vocabulary."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        build_block: Callable[[int], Block],
+        kernels: KernelPolicy,
+        seed: int,
+    ) -> None:
+        """Allocate; fill in initial values unless on the meta device.
+
+        Args:
+            config: The architecture.
+            build_block: Makes the block of a layer.
+            kernels: Which implementations run.
+            seed: Seed of the initial values.
+        """
+        super().__init__()
+        H, V = config.hidden_size, config.vocab_size
+        self.config = config
+        self.seed = seed
+        fan_in = config.embedding_init_method == "fan_in"
+        self.embedding = Embedding(
+            V, H, std=1 / math.sqrt(H) if fan_in else config.initializer_range
+        )
+        self.position_embedding: Embedding | None = None
+        if config.position_embedding_type == "learned_absolute":
+            self.position_embedding = Embedding(
+                config.max_position_embeddings, H, std=config.initializer_range
+            )
+        self.blocks = nn.ModuleDict({str(i): build_block(i) for i in range(config.num_layers)})
+        self.final_norm = build_norm(config, H, kernels)
+        self.lm_head: Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(H, V, bias=False, std=config.initializer_range, mup=False)
+        self.linear_nll = kernels.bind(FUSED_LINEAR_CROSS_ENTROPY)
+        self.linear_logits = F.linear
+        self.rotary = config.rotary()
+        self.specs: Mapping[str, ParameterSpec] = collect_specs(self)
+        self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        if not any(p.is_meta for p in self.parameters()):
+            self.initialize()
+
+    def forward(
+        self, batch: Batch, *, cache: DecoderCache | None = None, logits: bool = True
+    ) -> DecoderOutputs:
+        """Run the whole model.
+
+        Args:
+            batch: `input_ids` (B, S), and what `context` reads; `labels` for the loss.
+            cache: Filled and read in generation.
+            logits: Whether to give logits; otherwise the summed loss of `labels`, without them.
+
+        Returns:
+            Logits or summed loss, and auxiliary losses.
+        """
+        if cache is not None:
+            batch = cache.place(batch)
+        x = self.embed(batch)
+        x = self.run_blocks(x, self.context(batch, cache), cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        head = self.head(x, None if logits else batch["labels"])
+        return DecoderOutputs(head.logits, head.nll_sum, {})
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Look up tokens and, where they are learned, positions.
+
+        Args:
+            batch: `input_ids` (B, S), `position_ids` where positions are not 0 to S - 1,
+                `dropout_key` and `token_index` in training with dropout.
+
+        Returns:
+            Shape (B, S, H).
+        """
+        ids = batch["input_ids"]
+        x = self.embedding(ids)
+        if self.position_embedding is not None:
+            x = x + self._learned_positions(batch, ids.shape[1])
+        key, index = batch.get("dropout_key"), batch.get("token_index")
+        if key is not None and index is not None:
+            x = dropout(x, self.config.embedding_dropout, key, 0, index)
+        return x if self.config.m_emb is None else x * self.config.m_emb
+
+    def context(self, batch: Batch, cache: DecoderCache | None = None) -> SequenceContext:
+        """Compute what all blocks share.
+
+        Args:
+            batch: `input_ids`, and where they apply `position_ids`, `cu_seqlens`, `valid`,
+                `dropout_key`, `token_index`. Without a cache padding is on the right, where
+                causality hides it.
+            cache: In generation.
+        """
+        dtype = torch.promote_types(self.parameter_dtype(), torch.float32)
+        positions = batch.get("position_ids")
+        rotary = None
+        if self.rotary is not None:
+            if positions is None:
+                ids = batch["input_ids"]
+                rotary = self.rotary.table(ids.shape[1], device=ids.device, dtype=dtype)
+            else:
+                rotary = self.rotary.at(positions, dtype=dtype)
+        return SequenceContext(
+            rotary=rotary,
+            cu_seqlens=batch.get("cu_seqlens"),
+            mask=None if cache is None else cache.mask(dtype),
+            valid=batch.get("valid"),
+            dropout_key=batch.get("dropout_key"),
+            token_index=batch.get("token_index"),
+        )
+
+    def run_blocks(
+        self, x: Tensor, context: SequenceContext, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """Run the blocks that are here, in order.
+
+        Args:
+            x: Shape (B, S, H).
+            context: From `context`.
+            cache: In generation.
+
+        Returns:
+            Shape (B, S, H).
+        """
+        for name, block in self.blocks.items():
+            layer_cache = None if cache is None else cache.layers[name]
+            x = block(x, context.at_layer(int(name)), layer_cache)
+        return x
+
+    def head(self, x: Tensor, labels: Tensor | None = None) -> HeadOutput:
+        """Normalise and compare with the vocabulary.
+
+        Args:
+            x: Shape (B, S, H), after the last block.
+            labels: Shape (B, S), -100 where there is none; with them the loss is computed and
+                logits are not.
+        """
+        x = self.final_norm(x)
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        scale = 1.0 if self.config.m_width is None else 1.0 / self.config.m_width
+        if labels is None:
+            logits = self.linear_logits(x, weight)
+            return HeadOutput(logits if scale == 1.0 else logits * scale, None)
+        nll = self.linear_nll(
+            x.flatten(0, 1), weight, labels.flatten(), logit_scale=scale, reduction="sum"
+        )
+        return HeadOutput(None, nll)
+
+    def new_cache(self, batch_size: int, max_length: int) -> DecoderCache:
+        """Make an empty cache on the model's device, in its dtype.
+
+        Args:
+            batch_size: Rows.
+            max_length: Most tokens that a row will hold, padding included.
+        """
+        weight = next(self.parameters())
+        layers = {
+            name: block.sequence_mixer.new_cache(
+                batch_size, max_length, device=weight.device, dtype=weight.dtype
+            )
+            for name, block in self.blocks.items()
+            if isinstance(block, Block)
+        }
+        return DecoderCache(layers)
+
+    def parameter_dtype(self) -> torch.dtype:
+        """Dtype of the parameters, and so of the activations."""
+        return next(self.parameters()).dtype
+
+    def initial_value(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
+        """Compute initial values of a parameter: the same bits for any cut of it.
+
+        Args:
+            name: Fully qualified name in the whole model.
+            region: One slice a dim; `None` is the whole.
+
+        Returns:
+            float32 on the CPU, of the region's shape.
+
+        Raises:
+            KeyError: If there is no such parameter.
+        """
+        key = random.key_of(self.seed, name)
+        return self.specs[name].initial(key, self.shapes[name], region)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Set every parameter to its initial value, in its own dtype and on its own device."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial_value(name))
+
+    def materialize(
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> "Decoder":
+        """Give a model built on the meta device memory and initial values.
+
+        Args:
+            device: Where to.
+            dtype: Dtype of the parameters.
+
+        Returns:
+            The model itself.
+        """
+        self.to(dtype).to_empty(device=device)
+        self.initialize()
+        return self
+
+    def _learned_positions(self, batch: Batch, length: int) -> Tensor:
+        """Rows of the position table, shape (S, H) or (B, S, H)."""
+        if self.position_embedding is None:
+            raise RuntimeError("this model has no position table")
+        positions = batch.get("position_ids")
+        if positions is not None:
+            return self.position_embedding(positions)
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {length} tokens passes `max_position_embeddings` "
+                f"({self.config.max_position_embeddings})"
+            )
+        return self.position_embedding.weight[:length]
+
+
+def parameter_traits(model: Decoder) -> dict[str, ParameterTraits]:
+    """Say how an optimizer treats each parameter.
+
+    Args:
+        model: A decoder, before or after it was wrapped.
+
+    Returns:
+        By fully qualified name in the whole model.
+    """
+    return {
+        name: ParameterTraits(weight_decay=spec.weight_decay, mup=spec.mup)
+        for name, spec in model.specs.items()
+    }

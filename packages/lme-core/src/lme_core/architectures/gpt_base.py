@@ -1,0 +1,56 @@
+"""The pre-norm decoder: x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lme_core.architectures.decoder import Block, Decoder
+from lme_core.architectures.decoder_config import DecoderConfig
+from lme_core.layers.context import SequenceContext
+from lme_core.layers.normalization import build_norm
+from lme_core.mixers.base import LayerCache
+from lme_kernels.policy import KernelPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPTBaseConfig(DecoderConfig):
+    """Pre-norm decoder with any mix of sequence mixers and MLPs."""
+
+    model_type: Literal["gpt_base"] = "gpt_base"
+    """Kind of architecture."""
+
+    def build(self, kernels: KernelPolicy, *, seed: int = 42) -> Decoder:
+        """Build the model; under `torch.device("meta")` without memory and values.
+
+        Args:
+            kernels: Which implementations run.
+            seed: Seed of the initial values.
+        """
+        return Decoder(self, lambda layer: GPTBaseBlock(self, layer, kernels), kernels, seed)
+
+
+class GPTBaseBlock(Block):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), each addition times `m_residual`."""
+
+    def __init__(self, config: GPTBaseConfig, layer: int, kernels: KernelPolicy) -> None:
+        """Allocate without initialising.
+
+        Args:
+            config: The architecture.
+            layer: Index of the layer.
+            kernels: Which implementations run.
+        """
+        super().__init__()
+        self.residual_scale = 1.0 if config.m_residual is None else config.m_residual
+        self.mixer_norm = build_norm(config, config.hidden_size, kernels)
+        self.sequence_mixer = config.mixers()[layer].build(config, layer, kernels)
+        self.mlp_norm = build_norm(config, config.hidden_size, kernels)
+        self.mlp = config.mlps()[layer].build(config, layer, kernels)
+
+    def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
+        """Update the residual stream; see `Block`."""
+        mixed = self.sequence_mixer(self.mixer_norm(x), context, cache)
+        normalized, x = self.mlp_norm(mixed, x, self.residual_scale)
+        y = self.mlp(normalized, context)
+        return x + (y if self.residual_scale == 1.0 else self.residual_scale * y)

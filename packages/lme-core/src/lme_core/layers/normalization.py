@@ -1,0 +1,99 @@
+"""Norms by name, over the ops of lme-kernels."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from lme_core.layers.initialization import Constant, ParameterSpec
+from lme_core.layers.settings import ModelSettings, Normalization
+from lme_kernels.ops.fused_residual_add_rmsnorm import FUSED_RESIDUAL_ADD_RMSNORM
+from lme_kernels.ops.layernorm import LAYERNORM
+from lme_kernels.ops.p_norm import P_NORM
+from lme_kernels.ops.rmsnorm import RMSNORM
+from lme_kernels.policy import KernelPolicy
+
+
+class Norm(nn.Module):
+    """Normalisation of the last dim with a learned scale, alone or after a residual addition."""
+
+    def __init__(
+        self, kind: Normalization, size: int, *, eps: float, p: float = 2.0, kernels: KernelPolicy
+    ) -> None:
+        """Allocate without initialising.
+
+        Args:
+            kind: Which norm; only "layernorm" has a bias.
+            size: Width of the last dim.
+            eps: Epsilon, in the units that each norm documents.
+            p: Order of "p_norm".
+            kernels: Which implementation runs.
+        """
+        super().__init__()
+        self.kind = kind
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if kind == "layernorm" else None
+        match kind:
+            case "rmsnorm":
+                self.normalize = partial(kernels.bind(RMSNORM), eps=eps)
+            case "layernorm":
+                self.normalize = partial(kernels.bind(LAYERNORM), eps=eps)
+            case "p_norm":
+                self.normalize = partial(kernels.bind(P_NORM), eps=eps, p=p)
+        self.add_rmsnorm = kernels.bind(FUSED_RESIDUAL_ADD_RMSNORM)
+
+    def parameter_specs(self) -> Mapping[str, ParameterSpec]:
+        """Specs of `weight` and, where there is one, `bias`; neither is decayed."""
+        specs = {"weight": ParameterSpec(Constant(1.0), weight_decay=False)}
+        if self.bias is not None:
+            specs["bias"] = ParameterSpec(Constant(0.0), weight_decay=False)
+        return specs
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise `x`, or `residual + scale * x`.
+
+        Args:
+            x: Activations, shape (..., size).
+            residual: Residual stream to add `x` to, shape and dtype of `x`.
+            scale: Factor of `x` in the sum.
+
+        Returns:
+            The normalised tensor; with a `residual` that of the sum, and the sum itself.
+        """
+        if residual is None:
+            return self._norm(x)
+        if self.kind == "rmsnorm":
+            return self.add_rmsnorm(x, residual, self.weight, eps=self.eps, scale=scale)
+        total = residual + (x if scale == 1.0 else scale * x)
+        return self._norm(total), total
+
+    def _norm(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return self.normalize(x, self.weight, self.bias)
+        return self.normalize(x, self.weight)
+
+
+def build_norm(settings: ModelSettings, size: int, kernels: KernelPolicy) -> Norm:
+    """Build a norm of the architecture's kind.
+
+    Args:
+        settings: The architecture.
+        size: Width of the last dim.
+        kernels: Which implementation runs.
+    """
+    return Norm(
+        settings.normalization_function,
+        size,
+        eps=settings.layer_norm_epsilon,
+        p=settings.p_norm_order,
+        kernels=kernels,
+    )

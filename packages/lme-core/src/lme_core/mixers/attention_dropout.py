@@ -1,0 +1,67 @@
+"""Softmax attention that drops weights at random: explicit, since its mask must be ours."""
+
+import torch
+from torch import Tensor
+
+from lme_core.layers import random
+
+
+def attention_with_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    p: float,
+    dropout_key: Tensor,
+    site: int,
+    token_index: Tensor | None,
+) -> Tensor:
+    """Attend causally and drop attention weights.
+
+    Args:
+        query: Shape (B, S, N, D).
+        key: Shape (B, S, K, D).
+        value: Shape (B, S, K, D).
+        scale: Factor of query times key.
+        window: Tokens that a token sees, itself among them; `None` for all before it.
+        cu_seqlens: Bounds of documents over the flattened B*S tokens.
+        mask: Added to the scores, shape (B, 1, S, S).
+        p: Probability of dropping a weight, above 0.
+        dropout_key: 0-d int64.
+        site: Number of this dropout in its layer.
+        token_index: int64, (B, S): each token's position in the global batch.
+
+    Returns:
+        Shape (B, S, N, D), dtype of `query`; computed in at least float32. Each weight's fate
+        depends on `dropout_key`, `site`, the query's token, the head and the key's column.
+
+    Raises:
+        ValueError: If `token_index` is absent.
+    """
+    if token_index is None:
+        raise ValueError("`softmax_dropout` needs `token_index` in the batch")
+    compute = torch.promote_types(query.dtype, torch.float32)
+    B, S, N, _ = query.shape
+    groups = N // key.shape[2]
+    q, k, v = (each.to(compute).transpose(1, 2) for each in (query, key, value))
+    k, v = (each.repeat_interleave(groups, dim=1) for each in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    rows = torch.arange(S, device=query.device)
+    distance = rows[:, None] - rows
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    if cu_seqlens is not None:
+        tokens = torch.arange(B * S, device=query.device)
+        document = torch.searchsorted(cu_seqlens.to(tokens.dtype), tokens, right=True).view(B, S)
+        seen = seen & (document[:, :, None] == document[:, None, :])[:, None]
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    token_key = random.mix(random.mix(dropout_key, site + 1), token_index)[:, None, :, None]
+    columns = torch.arange(N, device=query.device)[:, None, None] * S + rows
+    keep = random.uniform(token_key, columns) >= p
+    weights = torch.where(keep, weights / (1.0 - p), 0.0)
+    return (weights @ v).transpose(1, 2).to(query.dtype)
