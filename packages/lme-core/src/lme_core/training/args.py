@@ -2,9 +2,11 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+
+from lme_core.config import ModelConfig
 
 Precision = Literal["fp32", "float32", "fp16", "float16", "bf16", "bfloat16", "fp8", "float8"]
 
@@ -62,7 +64,7 @@ class ModelArgs:
 
     model_name: str | None = None
     """Model directory or hub name to start from. Exclusive with `pretrained_config`."""
-    pretrained_config: dict[str, Any] | None = None
+    pretrained_config: ModelConfig | None = None
     """Architecture of a new model, with its `model_type`. Exclusive with `model_name`."""
     trust_remote_code: bool = False
     """Only false is accepted: no code that comes with a model is ever run."""
