@@ -48,7 +48,7 @@ def explain(name: str, *tensors: Tensor | None) -> list[Explanation]:
     usable = [each for each, reason in reasons.items() if reason is None]
     functions = {each: op.choose(each, *tensors) for each in usable}
     return [
-        Explanation(name, each.value, reason, functions.get(each) is chosen)
+        Explanation(name, str(each), reason, functions.get(each) is chosen)
         for each, reason in reasons.items()
     ]
 

@@ -8,6 +8,7 @@ from lme_kernels.ops.rmsnorm import reference
 RMSNORM = Op(
     name="rmsnorm",
     reference=reference.rmsnorm,
+    implementations={Backend.TRITON: "lme_kernels.ops.rmsnorm._triton"},
 )
 
 

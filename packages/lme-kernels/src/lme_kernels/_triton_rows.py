@@ -1,0 +1,96 @@
+"""What Triton kernels over rows share: strides, launch settings, sums of partial gradients."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lme_kernels.tuning import RowSettings, row_settings
+
+# Widest row that a program keeps in registers.
+MAX_COLUMNS = 32768
+
+
+def why_not_rows(x: Tensor) -> str | None:
+    """Say why the kernels that keep a row in registers cannot take `x`."""
+    if x.shape[-1] > MAX_COLUMNS:
+        return f"rows have {x.shape[-1]} columns, and it takes at most {MAX_COLUMNS}"
+    if x.shape[-1] == 0:
+        return "rows have no columns"
+    return None
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Return `x`, or a copy if need be, as rows of unit stride, and the stride between rows.
+
+    Args:
+        x: Shape (..., columns).
+
+    Returns:
+        A tensor whose row r starts r times the stride after its first element.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.ndim >= 2 and x.stride(-1) == 1:
+        stride = x.stride(-2)
+        expected = stride * x.shape[-2]
+        for dim in range(x.ndim - 3, -1, -1):
+            if x.stride(dim) != expected:
+                return x.contiguous(), x.shape[-1]
+            expected *= x.shape[dim]
+        if stride >= x.shape[-1]:
+            return x, stride
+    return x.contiguous(), x.shape[-1]
+
+
+def num_rows(x: Tensor) -> int:
+    """Count the rows of `x`, whose last dimension is not empty."""
+    return x.numel() // x.shape[-1]
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Count the streaming multiprocessors of a device; a few under the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4
+
+
+def settings_of(op: str, x: Tensor, rows: int) -> RowSettings:
+    """Launch settings of `op` for `rows` rows like those of `x`."""
+    return row_settings(op, rows, x.shape[-1], x.element_size(), num_processors(x.device))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_kernel(
+    partial_ptr, sum_ptr, count, columns, BLOCK_COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK_COUNT, BLOCK), dtype=tl.float32)
+    for start in range(0, count, BLOCK_COUNT):
+        index = start + tl.arange(0, BLOCK_COUNT)
+        mask = (index < count)[:, None] & (column < columns)[None, :]
+        offset = index.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
+    tl.store(sum_ptr + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum the float32 partial gradients of the programs, shape (programs, columns), in a fixed order.
+
+    Args:
+        partials: One row a program.
+        dtype: Dtype of the result.
+
+    Returns:
+        Shape (columns,).
+    """
+    count, columns = partials.shape
+    total = torch.empty(columns, dtype=dtype, device=partials.device)
+    BLOCK = 32
+    _sum_kernel[(triton.cdiv(columns, BLOCK),)](
+        partials, total, count, columns, BLOCK_COUNT=64, BLOCK=BLOCK, num_warps=8
+    )
+    return total
