@@ -1,0 +1,176 @@
+"""Our parameter names and shapes, from a `config.json` of ours.
+
+The one place of this package that states what the model expects; every conversion is checked
+against it before a tensor is read.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lme_convert.errors import ConversionError, UnsupportedModelError
+
+Config = Mapping[str, Any]
+"""Contents of a `config.json`: JSON values, checked where they are used."""
+
+
+_MAX_SIZE = 2**31 - 1
+# Above any model; a stranger's config must not decide how long a list is made.
+_MAX_LAYERS = 10_000
+
+
+def is_gated(activation_function: str) -> bool:
+    """Whether an activation is a gated linear unit, whose first projection is twice as wide."""
+    return activation_function.endswith("glu")
+
+
+def get(config: Config, name: str) -> Any:  # a JSON value
+    """Value of a field that must be there.
+
+    Raises:
+        ConversionError: If it is missing.
+    """
+    if name not in config:
+        raise ConversionError(f"`{name}` is missing in the config of the model directory")
+    return config[name]
+
+
+def integer(config: Config, name: str, default: int | None = None) -> int:
+    """Value of a field that must be a size, or a default where it may be absent or null.
+
+    Raises:
+        ConversionError: If it is missing or not an integer from 1 to 2**31 - 1.
+    """
+    value = config.get(name)
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+        raise ConversionError(
+            f"`{name}` must be an integer from 1 to {_MAX_SIZE} in the config of the model "
+            f"directory, got {value!r}"
+        )
+    return value
+
+
+def blocks(config: Config, name: str) -> list[dict[str, Any]]:
+    """One entry a layer of `sequence_mixer_blocks` or `mlp_blocks`; one entry stands for all.
+
+    Raises:
+        ConversionError: If there are neither 1 nor `num_layers` entries.
+    """
+    entries, num_layers = get(config, name), integer(config, "num_layers")
+    if num_layers > _MAX_LAYERS:
+        raise ConversionError(f"`num_layers` is {num_layers}; at most {_MAX_LAYERS} are converted")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConversionError(f"`{name}` must be a list of mappings")
+    if len(entries) not in (1, num_layers):
+        raise ConversionError(f"`{name}` must have 1 or `num_layers` = {num_layers} entries")
+    return [dict(entry) for entry in (entries * num_layers if len(entries) == 1 else entries)]
+
+
+def layer_sizes(config: Config) -> list[dict[str, int]]:
+    """Sizes that rules need, one entry a layer."""
+    mixers, mlps = blocks(config, "sequence_mixer_blocks"), blocks(config, "mlp_blocks")
+    return [
+        {
+            "hidden_size": integer(config, "hidden_size"),
+            "num_attention_heads": integer(mixer, "num_attention_heads"),
+            "num_key_value_heads": integer(mixer, "num_key_value_heads"),
+            "head_dim": head_dim(config, mixer),
+            "intermediate_size": mlp_width(config, mlp),
+        }
+        for mixer, mlp in zip(mixers, mlps, strict=True)
+    ]
+
+
+def head_dim(config: Config, mixer: Config) -> int:
+    """Channels of a head: `head_dim`, or the hidden size shared among the query heads."""
+    heads = integer(mixer, "num_attention_heads")
+    if heads % integer(mixer, "num_key_value_heads"):
+        raise ConversionError("`num_attention_heads` must be a multiple of `num_key_value_heads`")
+    return integer(mixer, "head_dim", integer(config, "hidden_size") // heads)
+
+
+def mlp_width(config: Config, mlp: Config) -> int:
+    """Width of an MLP: `intermediate_size`, or four times the hidden size."""
+    return integer(mlp, "intermediate_size", 4 * integer(config, "hidden_size"))
+
+
+def expected_parameters(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model of ours, in the order in which it is stored.
+
+    Args:
+        config: Contents of our `config.json`.
+
+    Raises:
+        UnsupportedModelError: For an architecture, mixer or MLP that no family can express yet.
+        ConversionError: If a field is missing.
+    """
+    if get(config, "model_type") != "gpt_base":
+        raise UnsupportedModelError(
+            f"`model_type` {config['model_type']} cannot be converted; only gpt_base can"
+        )
+    vocab_size, hidden_size = integer(config, "vocab_size"), integer(config, "hidden_size")
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, hidden_size)}
+    if get(config, "position_embedding_type") == "learned_absolute":
+        shapes["position_embedding.weight"] = (
+            integer(config, "max_position_embeddings"),
+            hidden_size,
+        )
+    mixers, mlps = blocks(config, "sequence_mixer_blocks"), blocks(config, "mlp_blocks")
+    for layer, (mixer, mlp) in enumerate(zip(mixers, mlps, strict=True)):
+        prefix = f"blocks.{layer}"
+        shapes |= _norm(config, f"{prefix}.mixer_norm", hidden_size)
+        shapes |= _attention(config, mixer, f"{prefix}.sequence_mixer")
+        shapes |= _norm(config, f"{prefix}.mlp_norm", hidden_size)
+        shapes |= _mlp(config, mlp, f"{prefix}.mlp")
+    shapes |= _norm(config, "final_norm", hidden_size)
+    if not get(config, "tie_word_embeddings"):
+        shapes["lm_head.weight"] = (vocab_size, hidden_size)
+    return shapes
+
+
+def _norm(config: Config, name: str, size: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,)}
+    if get(config, "normalization_function") == "layernorm":
+        shapes[f"{name}.bias"] = (size,)
+    return shapes
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    if bias:
+        shapes[f"{name}.bias"] = (rows,)
+    return shapes
+
+
+def _attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
+    kind = mixer.get("sequence_mixer_type", "softmax_attention")
+    if kind != "softmax_attention":
+        raise UnsupportedModelError(f"`sequence_mixer_type` {kind} cannot be converted yet")
+    hidden_size, channels = integer(config, "hidden_size"), head_dim(config, mixer)
+    queries = integer(mixer, "num_attention_heads") * channels
+    keys = integer(mixer, "num_key_value_heads") * channels
+    rows = queries + 2 * keys + (queries if mixer.get("attention_gate") else 0)
+    bias = bool(mixer.get("add_bias"))
+    qkv_bias = mixer.get("qkv_bias")
+    shapes = _linear(f"{name}.qkv", rows, hidden_size, bias if qkv_bias is None else qkv_bias)
+    if mixer.get("qk_norm"):
+        shapes[f"{name}.query_norm.weight"] = (channels,)
+        shapes[f"{name}.key_norm.weight"] = (channels,)
+    return shapes | _linear(f"{name}.output", hidden_size, queries, bias)
+
+
+def _mlp(config: Config, mlp: Config, name: str) -> dict[str, tuple[int, ...]]:
+    kind = mlp.get("mlp_type", "MLP")
+    if kind != "MLP":
+        raise UnsupportedModelError(f"`mlp_type` {kind} cannot be converted yet")
+    activation_function = str(get(mlp, "activation_function"))
+    if activation_function in ("prelu", "prelu_glu", "preglu"):
+        raise UnsupportedModelError(
+            f"`activation_function` {activation_function} has a weight, which no family has"
+        )
+    hidden_size, width = integer(config, "hidden_size"), mlp_width(config, mlp)
+    bias, gated = bool(mlp.get("add_bias")), is_gated(activation_function)
+    first = f"{name}.gate_up" if gated else f"{name}.up"
+    return _linear(first, 2 * width if gated else width, hidden_size, bias) | _linear(
+        f"{name}.down", hidden_size, width, bias
+    )
