@@ -1,0 +1,178 @@
+"""Processes for tests: several that form a group, or one that is killed on the way.
+
+All are forked from one server process that has torch loaded already, so that starting one takes
+milliseconds instead of seconds.
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+_PRELOADED = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.testing",
+)
+_JOIN_SECONDS = 30.0
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: object, timeout_seconds: float = 120.0
+) -> list[Any]:
+    """Run a function in a group of processes that talk by gloo.
+
+    Args:
+        function: Defined at the top of a module or test file; called with `args`.
+        world_size: Processes.
+        args: Plain values that can be sent to another process.
+        timeout_seconds: Until all processes are killed.
+
+    Returns:
+        What each rank returned, by rank: tensors and plain containers of them.
+
+    Raises:
+        RuntimeError: If a rank failed, with the trace of the first one, or time ran out.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _start(function, args, Path(folder), rank, world_size) for rank in range(world_size)
+        ]
+        _join(processes, timeout_seconds)
+        _raise_failures(processes, Path(folder))
+        return [
+            torch.load(Path(folder) / f"result-{rank}", weights_only=True)
+            for rank in range(world_size)
+        ]
+
+
+def run_killed(
+    function: Callable[..., Any],
+    *args: object,
+    after_seconds: float | None = None,
+    timeout_seconds: float = 60.0,
+) -> bool:
+    """Run a function in one process that may be killed, by itself or from here.
+
+    Args:
+        function: Defined at the top of a module or test file; called with `args`. It may call
+            `kill_this_process`.
+        args: Plain values that can be sent to another process.
+        after_seconds: Kill it then; `None`: it does so itself, or ends.
+        timeout_seconds: Until it counts as hanging.
+
+    Returns:
+        Whether it was killed; false if it came to its end.
+
+    Raises:
+        RuntimeError: If it failed or hung.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        process = _start(function, args, Path(folder), rank=0, world_size=1)
+        if after_seconds is not None:
+            process.join(after_seconds)
+            process.kill()
+        _join([process], timeout_seconds)
+        if process.exitcode == -signal.SIGKILL:
+            return True
+        _raise_failures([process], Path(folder))
+        return False
+
+
+def kill_this_process() -> None:
+    """End this process at once, as a crash would: nothing is flushed, no handler runs."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _start(
+    function: Callable[..., Any],
+    args: tuple[object, ...],
+    folder: Path,
+    rank: int,
+    world_size: int,
+) -> BaseProcess:
+    context = get_context("forkserver")
+    # Without effect once the server runs.
+    context.set_forkserver_preload(list(_PRELOADED))
+    # By file and name: a test file is not importable by name in another process.
+    source = sys.modules[function.__module__].__file__
+    process = context.Process(
+        target=_enter,
+        args=(source, function.__qualname__, args, str(folder), rank, world_size),
+        daemon=True,
+    )
+    process.start()
+    return process
+
+
+def _enter(
+    source: str, name: str, args: tuple[object, ...], folder: str, rank: int, world_size: int
+) -> None:
+    code = 0
+    try:
+        torch.set_num_threads(1)
+        if world_size > 1:
+            distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/rendezvous",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=60),
+            )
+        result = _load(source, name)(*args)
+        torch.save(result, Path(folder) / f"result-{rank}")
+        if world_size > 1:
+            distributed.barrier()
+            distributed.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"trace-{rank}").write_text(traceback.format_exc())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Skips the interpreter's teardown, in which some versions of torch abort.
+    os._exit(code)
+
+
+def _load(source: str, name: str) -> Callable[..., Any]:
+    specification = importlib.util.spec_from_file_location("lme_parallel_test_target", source)
+    if specification is None or specification.loader is None:
+        raise ValueError(f"{source} cannot be imported")
+    module = importlib.util.module_from_spec(specification)
+    # Where dataclasses look their own module up.
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def _join(processes: list[BaseProcess], timeout_seconds: float) -> None:
+    remaining = timeout_seconds
+    for process in processes:
+        process.join(remaining)
+        if process.exitcode is None:
+            for each in processes:
+                each.kill()
+                each.join(_JOIN_SECONDS)
+            raise RuntimeError(f"processes were killed after {timeout_seconds} seconds")
+        if process.exitcode != 0:
+            # The others wait for this one in vain.
+            remaining = min(remaining, 2.0)
+
+
+def _raise_failures(processes: list[BaseProcess], folder: Path) -> None:
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        traces = [path.read_text() for path in sorted(folder.glob("trace-*"))]
+        raise RuntimeError(f"processes ended with codes {codes}\n" + "\n".join(traces[:1]))
