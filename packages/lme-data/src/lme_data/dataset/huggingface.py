@@ -1,9 +1,13 @@
 """Text examples of prompt and answer, for finetuning."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lme_data.dataset.base import check_entry
+from lme_data.dataset.base import DataContext, SplitName, check_entry
+from lme_data.example_files import read_rows
+from lme_data.examples import tokenize_examples
+from lme_data.rows import ExampleSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +67,60 @@ class HuggingFaceDatasetArgs:
             "max_output_tokens": self.max_output_tokens,
         }
         check_entry(self.data_name, self.data_sampling_ratio, limits)
+
+    def open_examples(self, split: SplitName, context: DataContext) -> ExampleSource | None:
+        """Read and tokenise one split.
+
+        Args:
+            split: Which; training examples are shuffled, the others keep their order.
+            context: Gives seed, tokenizer and vocabulary.
+
+        Returns:
+            `None` if the dataset has no such split.
+
+        Raises:
+            ValueError: If the dataset cannot be read, or lacks a column; says which it has.
+        """
+        args = self.class_args
+        rows = read_rows(
+            args.data_path, split, config_name=args.config_name, revision=args.revision
+        )
+        if rows is None:
+            return None
+        seed = context.seed if args.seed is None else args.seed
+        return tokenize_examples(
+            self.data_name,
+            columns(rows, args.input_key, args.output_key, args.data_path),
+            context,
+            input_format=self.input_format,
+            output_format=self.output_format,
+            max_input_tokens=self.max_input_tokens,
+            max_output_tokens=self.max_output_tokens,
+            seed=seed if split == "train" else None,
+        )
+
+
+def columns(
+    rows: Sequence[Mapping[str, object]], input_key: str, output_key: str, where: str
+) -> list[tuple[str, str]]:
+    """Take prompt and answer out of rows.
+
+    Args:
+        rows: By column.
+        input_key: Column of the prompt.
+        output_key: Column of the answer.
+        where: Of the dataset, for errors.
+
+    Raises:
+        ValueError: If a row lacks a column or holds no text there.
+    """
+    texts = []
+    for number, row in enumerate(rows):
+        for setting, key in (("input_key", input_key), ("output_key", output_key)):
+            if not isinstance(row.get(key), str):
+                raise ValueError(
+                    f"`{setting}` {key!r}: row {number} of {where} has no text there; "
+                    f"its columns are {sorted(row)}"
+                )
+        texts.append((str(row[input_key]), str(row[output_key])))
+    return texts

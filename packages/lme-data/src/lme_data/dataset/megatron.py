@@ -1,10 +1,24 @@
 """Tokenised text on disk as samples of one length: `.bin/.idx` files, blended and shuffled."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from lme_data.dataset.base import check_entry, check_no_text_settings
-from lme_data.paths import parse_blend
+import numpy as np
+
+from lme_data.corpus import CorpusSource
+from lme_data.dataset.base import DataContext, SplitName, check_entry, check_no_text_settings
+from lme_data.fim import FillInTheMiddle
+from lme_data.indexed import IndexedTokens
+from lme_data.manifest import read_manifest
+from lme_data.mixture import TokenMixture
+from lme_data.paths import Blend, parse_blend
+from lme_data.rows import TokenSource
+from lme_data.splits import SPLITS, blend_sizes, parse_split, split_bounds
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,3 +125,174 @@ class MegatronDatasetArgs:
                 "max_output_tokens": self.max_output_tokens,
             },
         )
+
+    def open_tokens(
+        self, split: SplitName, num_samples: int, context: DataContext
+    ) -> TokenSource | None:
+        """Open one split.
+
+        Args:
+            split: Which.
+            num_samples: Samples wanted of it; in Megatron's order the order depends on it.
+            context: Seed, vocabulary and tokenizer.
+
+        Returns:
+            `None` if the run file gives the split nothing.
+
+        Raises:
+            FileNotFoundError: If a corpus is missing.
+            CorruptDataError: If a corpus contradicts itself.
+            ValueError: If the split is empty although it was given a share, or its ids do not fit
+                the vocabulary.
+        """
+        path, split_text = self._split_path(split)
+        if path is None or parse_split(split_text)[SPLITS.index(split)] == 0:
+            return None
+        return self._open_blend(parse_blend(path), self.data_name, split, num_samples, context)
+
+    def open_groups(self, num_samples: int, context: DataContext) -> dict[str, TokenSource]:
+        """Open the validation groups of `val_weighted_split_paths`, by name."""
+        groups = {}
+        for entry in self.class_args.val_weighted_split_paths or []:
+            for name, path in entry.items():
+                blend = parse_blend(path, "val_weighted_split_paths")
+                groups[name] = self._open_blend(
+                    blend, name, "val", num_samples, context, whole=True
+                )
+        return groups
+
+    def count_tokens(self, split: SplitName) -> int:
+        """Tokens of a split; 0 if the run file gives it nothing."""
+        path, split_text = self._split_path(split)
+        if path is None or parse_split(split_text)[SPLITS.index(split)] == 0:
+            return 0
+        total = 0
+        for prefix in parse_blend(path).prefixes:
+            corpus = IndexedTokens(prefix)
+            first, last = _split_range(corpus, split, split_text)
+            total += int(corpus.lengths[first:last].sum(dtype=np.int64))
+        return total
+
+    def prefixes(self) -> list[str]:
+        """Prefixes of all corpora, for their manifests."""
+        args = self.class_args
+        paths = (args.data_path, args.train_data_path, args.val_data_path, args.test_data_path)
+        return [prefix for path in paths if path for prefix in parse_blend(path).prefixes]
+
+    def _split_path(self, split: SplitName) -> tuple[str | list[str | float] | None, str]:
+        args = self.class_args
+        if args.data_path is not None:
+            return args.data_path, str(args.split)
+        per_split = {
+            "train": args.train_data_path,
+            "val": args.val_data_path,
+            "test": args.test_data_path,
+        }
+        if args.split is not None and split == "train":
+            logger.warning("`split` has no effect beside `train_data_path` and its like")
+        # The whole corpus, at this split's place.
+        whole = ",".join("1" if name == split else "0" for name in SPLITS)
+        return per_split[split], whole
+
+    def _open_blend(
+        self,
+        blend: Blend,
+        name: str,
+        split: SplitName,
+        num_samples: int,
+        context: DataContext,
+        *,
+        whole: bool = False,
+    ) -> TokenSource:
+        split_text = self._split_path(split)[1] if not whole else "0,1,0"
+        corpora = [IndexedTokens(prefix) for prefix in blend.prefixes]
+        ranges = [_split_range(corpus, split, split_text) for corpus in corpora]
+        if len(corpora) == 1:
+            return self._open_corpus(
+                corpora[0], name, split, split_text, ranges[0], num_samples, context
+            )
+        weights = blend.weights
+        if weights is None:
+            sequences = [corpus.num_sequences for corpus in corpora]
+            weights = tuple(count / sum(sequences) for count in sequences)
+        wanted = [sizes[0] for sizes in blend_sizes(weights, [num_samples])]
+        sources = [
+            self._open_corpus(corpus, label, split, split_text, bounds, samples, context)
+            for corpus, label, bounds, samples in zip(
+                corpora, _labels(name, blend.prefixes), ranges, wanted, strict=True
+            )
+        ]
+        order = self.class_args.order
+        if blend.weights is None and order == "megatron":
+            return TokenMixture(sources, None, order=order, sizes=wanted)
+        return TokenMixture(sources, weights, order=order)
+
+    def _open_corpus(
+        self,
+        corpus: IndexedTokens,
+        name: str,
+        split: SplitName,
+        split_text: str,
+        bounds: tuple[int, int],
+        num_samples: int,
+        context: DataContext,
+    ) -> CorpusSource:
+        args = self.class_args
+        manifest = read_manifest(corpus.prefix)
+        largest = None if manifest is None else manifest.largest_id
+        if context.vocab_size is not None and largest is not None and largest >= context.vocab_size:
+            raise ValueError(
+                f"{corpus.prefix} holds token ids up to {largest}, `vocab_size` is "
+                f"{context.vocab_size}: the corpus was made with another tokenizer, or `vocab_size` "
+                "is too small"
+            )
+        seed = context.seed if args.seed is None else args.seed
+        return CorpusSource(
+            corpus,
+            name=name,
+            first_sequence=bounds[0],
+            last_sequence=bounds[1],
+            sequence_length=args.sequence_length,
+            seed=seed,
+            order=args.order,
+            num_samples=num_samples,
+            vocab_size=context.vocab_size,
+            split_name=split,
+            split=split_text,
+            cache_path=args.data_cache_path,
+            transform=self._transform(seed, context),
+        )
+
+    def _transform(
+        self, seed: int, context: DataContext
+    ) -> Callable[[np.ndarray, int], np.ndarray] | None:
+        if self.class_args.fim_rate == 0:
+            return None
+        if context.tokenizer is None:
+            raise ValueError("`fim_rate` needs a tokenizer: give `tokenizer_args.tokenizer_name`")
+        return FillInTheMiddle(
+            context.tokenizer,
+            rate=self.class_args.fim_rate,
+            spm_rate=self.class_args.fim_spm_rate,
+            seed=seed,
+        )
+
+
+def _split_range(corpus: IndexedTokens, split: SplitName, split_text: str) -> tuple[int, int]:
+    number = SPLITS.index(split)
+    bounds = split_bounds(parse_split(split_text), corpus.num_sequences)
+    first, last = bounds[number], bounds[number + 1]
+    if first >= last:
+        raise ValueError(
+            f"`split` {split_text} leaves `{split}` no document: {corpus.prefix} has "
+            f"{corpus.num_sequences}; give it a larger share, more documents, or the share 0"
+        )
+    return first, last
+
+
+def _labels(name: str, prefixes: tuple[str, ...]) -> list[str]:
+    """Names of the corpora of a blend, told apart by their files, else by their number."""
+    files = [Path(prefix).name for prefix in prefixes]
+    if len(set(files)) == len(files):
+        return [f"{name}/{file}" for file in files]
+    return [f"{name}/{number}-{file}" for number, file in enumerate(files)]

@@ -1,9 +1,20 @@
 """Well-known instruction datasets under their names: prompts fixed, columns known."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lme_data.dataset.base import check_entry
+from lme_data.dataset.base import DataContext, SplitName, check_entry
+from lme_data.example_files import read_rows
+from lme_data.examples import tokenize_examples
+from lme_data.rows import ExampleSource
+
+_HUB_NAMES = {
+    "AlpacaDataset": "tatsu-lab/alpaca",
+    "DollyDataset": "databricks/databricks-dolly-15k",
+    "SlimOrcaDataset": "Open-Orca/SlimOrca-Dedup",
+    "SST2Dataset": "sst2",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,3 +71,67 @@ class PresetDatasetArgs:
                 f"`input_format` of `{self.data_name}` must be left out: "
                 f"`{self.class_name}` brings its own prompt"
             )
+
+    def open_examples(self, split: SplitName, context: DataContext) -> ExampleSource | None:
+        """Read and tokenise one split.
+
+        Args:
+            split: Which; all but SST-2 have a training split only.
+            context: Gives seed, tokenizer and vocabulary.
+
+        Returns:
+            `None` if the dataset has no such split.
+
+        Raises:
+            ValueError: If the dataset cannot be read or its rows are not what they should be.
+        """
+        if split != "train" and self.class_name != "SST2Dataset":
+            return None
+        args = self.class_args
+        where = args.data_path or _HUB_NAMES[self.class_name]
+        rows = read_rows(where, split, revision=args.revision)
+        if rows is None:
+            return None
+        seed = context.seed if args.seed is None else args.seed
+        try:
+            texts = [example_texts(self.class_name, row) for row in rows]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{where} does not look like `{self.class_name}`: {type(error).__name__} {error}; "
+                f"the columns of its first row are {sorted(rows[0])}"
+            ) from error
+        return tokenize_examples(
+            self.data_name,
+            texts,
+            context,
+            input_format=self.input_format,
+            output_format=self.output_format,
+            max_input_tokens=self.max_input_tokens,
+            max_output_tokens=self.max_output_tokens,
+            seed=seed if split == "train" else None,
+        )
+
+
+def example_texts(class_name: str, row: Mapping[str, object]) -> tuple[str, str]:
+    """Prompt and answer of one row of a well-known dataset.
+
+    Args:
+        class_name: Which dataset.
+        row: By column.
+    """
+    if class_name == "SST2Dataset":
+        return str(row["sentence"]), ("negative", "positive")[int(str(row["label"]))]
+    if class_name == "SlimOrcaDataset":
+        turns = row["conversations"]
+        if not isinstance(turns, list):
+            raise TypeError("`conversations` is no list")
+        texts = {turn["from"]: turn["value"] for turn in turns}
+        return _prompt(texts["human"], texts.get("system", "")), texts["gpt"]
+    if class_name == "DollyDataset":
+        return _prompt(row["instruction"], row["context"]), str(row["response"])
+    return _prompt(row["instruction"], row["input"]), str(row["output"])
+
+
+def _prompt(instruction: object, further: object) -> str:
+    middle = f"input: {further}\n" if further else ""
+    return f"{instruction}\n\n{middle}output:"
