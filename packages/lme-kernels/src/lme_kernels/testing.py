@@ -171,13 +171,16 @@ def check_against_reference(
     place = torch.device(where) if where is not None else device_for(backend or Backend.TORCH)
     given = [_placed(each, dtype, place) for each in arguments]
     exact_given = [_placed(each, torch.float64, place) for each in given]
-    options = dict(options or {})
+    rounded = {key: _placed(value, dtype, place) for key, value in (options or {}).items()}
+    exact_options = {key: _placed(value, torch.float64, place) for key, value in rounded.items()}
     runs = (
-        run(function, values, {**options, "backend": each}, constants=constants, weight_dtype=dtype)
-        for values, each in (
-            (given, backend),
-            (given, Backend.TORCH),
-            (exact_given, Backend.TORCH),
+        run(
+            function, values, {**keywords, "backend": each}, constants=constants, weight_dtype=dtype
+        )
+        for values, keywords, each in (
+            (given, rounded, backend),
+            (given, rounded, Backend.TORCH),
+            (exact_given, exact_options, Backend.TORCH),
         )
     )
     fused, plain, exact = runs

@@ -8,6 +8,8 @@ from lme_kernels.ops.geglu import reference
 GEGLU = Op(
     name="geglu",
     reference=reference.geglu,
+    implementations={Backend.TRITON: "lme_kernels.ops.geglu._triton"},
+    traced=True,
 )
 
 

@@ -8,6 +8,8 @@ from lme_kernels.ops.relu_squared import reference
 RELU_SQUARED = Op(
     name="relu_squared",
     reference=reference.relu_squared,
+    implementations={Backend.TRITON: "lme_kernels.ops.relu_squared._triton"},
+    traced=True,
 )
 
 

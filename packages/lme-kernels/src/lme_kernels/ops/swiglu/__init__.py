@@ -8,6 +8,8 @@ from lme_kernels.ops.swiglu import reference
 SWIGLU = Op(
     name="swiglu",
     reference=reference.swiglu,
+    implementations={Backend.TRITON: "lme_kernels.ops.swiglu._triton"},
+    traced=True,
 )
 
 

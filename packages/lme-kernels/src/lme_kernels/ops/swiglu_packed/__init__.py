@@ -10,6 +10,8 @@ from lme_kernels.ops.swiglu_packed import reference
 SWIGLU_PACKED = Op(
     name="swiglu_packed",
     reference=reference.swiglu_packed,
+    implementations={Backend.TRITON: "lme_kernels.ops.swiglu_packed._triton"},
+    traced=True,
 )
 
 Layout = Literal["interleaved", "concatenated"]
