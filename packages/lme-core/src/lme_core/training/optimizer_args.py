@@ -1,12 +1,12 @@
 """The run file's `optimizer_args`: one class an optimizer, and their union."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Discriminator, Field, Tag
 
+from lme_core.layers.unions import tag_of
 from lme_core.training.optimizer_class_args import (
     AdadeltaClassArgs,
     AdagradClassArgs,
@@ -182,11 +182,9 @@ class TorchSGDArgs(BaseOptimizerArgs):
     """Its arguments."""
 
 
-def _class_name(value: Any) -> str:
-    # Called by pydantic with a mapping (a file) or an instance (a default, a reload).
-    if isinstance(value, Mapping):
-        return value.get("class_name", "TorchAdamW")
-    return value.class_name
+def _class_name(value: Any) -> str | None:
+    # Called by pydantic with a mapping (a file), an instance (a default) or anything else.
+    return tag_of(value, "class_name", default="TorchAdamW")
 
 
 OptimizerArgs = Annotated[

@@ -49,7 +49,7 @@ def parameter_groups(
     """Sort parameters into groups of equal learning rate and weight decay.
 
     Args:
-        named_parameters: What the optimizer updates, by fully qualified name.
+        named_parameters: By fully qualified name; those without gradient are left out.
         traits: For each of these names at least, what the model says about it.
         method: null, or mup.
         m_width: Width multiplier of the model; needed by mup.
@@ -69,7 +69,8 @@ def parameter_groups(
             "`optimizer_args.params_group_method: mup` needs `m_width` in "
             "`model_args.pretrained_config`; set it, or use null"
         )
-    missing = sorted(named_parameters.keys() - traits.keys())
+    trained = sorted(name for name, each in named_parameters.items() if each.requires_grad)
+    missing = [name for name in trained if name not in traits]
     if missing:
         raise ValueError(f"the model says nothing about the parameters {', '.join(missing)}")
     names: dict[str, list[str]] = {
@@ -78,7 +79,7 @@ def parameter_groups(
         "mup": [],
         "mup_no_weight_decay": [],
     }
-    for name in sorted(named_parameters):
+    for name in trained:
         mup = method == "mup" and traits[name].mup
         decay = traits[name].weight_decay
         if mup:

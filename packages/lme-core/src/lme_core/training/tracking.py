@@ -1,77 +1,140 @@
-"""Where numbers over time go: the run's own JSON lines, and optional trackers."""
+"""Where numbers over time go: the run's own JSON lines always, other trackers on request."""
 
-import logging
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
+from lme_core.training.experiment_trackers import AimTracker, WandBTracker
+from lme_core.training.json_lines import JsonLines
+from lme_core.training.logging_args import AimArgs, LoggingArgs, WandBArgs
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AimArgs:
-    """Where an aim run is kept."""
-
-    repo: str
-    """Folder or address of the aim repository."""
-    experiment: str
-    """Name of the experiment."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WandBArgs:
-    """Where a Weights and Biases run is kept."""
-
-    project: str
-    """Project; made if absent."""
-    name: str | None = None
-    """Name of the run; null: chosen by the service."""
-    entity: str | None = None
-    """User or team; null: the account's default."""
-    tags: list[str] | None = None
-    """Tags of the run."""
-    group: str | None = None
-    """Group of runs it belongs to."""
-    notes: str | None = None
-    """Free text."""
+__all__ = [
+    "TRACKERS",
+    "AimArgs",
+    "AimTracker",
+    "JsonLines",
+    "LoggingArgs",
+    "Tracker",
+    "Trackers",
+    "WandBArgs",
+    "WandBTracker",
+    "build_trackers",
+]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoggingArgs:
-    """What is logged, how often and where to."""
+class Tracker(Protocol):
+    """Takes records: one mapping a (context, group, step), as a line of `metrics.jsonl`."""
 
-    logging_level: str = "INFO"
-    """Least severe level shown: DEBUG, INFO, WARNING, ERROR or CRITICAL."""
-    log_interval: int = 10
-    """Optimizer steps between lines of metrics."""
-    experiments_tracker_name: Literal["aim", "wandb"] | None = None
-    """Tracker fed besides `metrics.jsonl`, which is always written."""
-    aim_args: AimArgs | None = None
-    """Needed by `experiments_tracker_name: aim`."""
-    wandb_args: WandBArgs | None = None
-    """Needed by `experiments_tracker_name: wandb`."""
-    use_colored_logs: bool = False
-    """Colour levels of the log."""
-    torch_profiler_trace_path: str | None = None
-    """Folder for a trace of one step, for TensorBoard or Perfetto; null: no trace."""
-    cost_per_accelerator_per_hour: float | None = None
-    """US dollars; adds the money spent to the metrics. Null: left out."""
+    def start(self, step: int) -> None:
+        """Open, once, after a checkpoint was restored and before the first record.
 
-    def __post_init__(self) -> None:
-        if self.logging_level.upper() not in logging.getLevelNamesMapping():
-            raise ValueError(
-                "`logging_args.logging_level` must be DEBUG, INFO, WARNING, ERROR or CRITICAL; "
-                f"got {self.logging_level}"
-            )
-        if self.log_interval < 1:
-            raise ValueError(
-                f"`logging_args.log_interval` must be at least 1, got {self.log_interval}"
-            )
-        for name, section in (("aim", self.aim_args), ("wandb", self.wandb_args)):
-            if self.experiments_tracker_name == name and section is None:
-                raise ValueError(
-                    f"`logging_args.{name}_args` must be given with "
-                    f"`logging_args.experiments_tracker_name: {name}`"
-                )
-        cost = self.cost_per_accelerator_per_hour
-        if cost is not None and cost < 0:
-            raise ValueError(
-                f"`logging_args.cost_per_accelerator_per_hour` must be at least 0, got {cost}"
-            )
+        Args:
+            step: Optimizer steps done; records of later steps are taken back where that is
+                possible.
+        """
+        ...
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+        ...
+
+    def flush(self) -> None:
+        """Make sure that no record so far can be lost."""
+        ...
+
+    def finish(self) -> None:
+        """Close."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on in the same place, fit for JSON."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a saved state, before `start`."""
+        ...
+
+
+class Trackers:
+    """Several trackers fed with the same records; none at all on ranks that do not track."""
+
+    def __init__(self, trackers: Mapping[str, Tracker] | None = None) -> None:
+        """Gather trackers.
+
+        Args:
+            trackers: By the name their state is saved under.
+        """
+        self._trackers = dict(trackers or {})
+
+    def start(self, step: int) -> None:
+        """Open all."""
+        for tracker in self._trackers.values():
+            tracker.start(step)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give a record to all."""
+        for tracker in self._trackers.values():
+            tracker.log(record)
+
+    def flush(self) -> None:
+        """Make the records so far last in all."""
+        for tracker in self._trackers.values():
+            tracker.flush()
+
+    def finish(self) -> None:
+        """Close all."""
+        for tracker in self._trackers.values():
+            tracker.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states by name."""
+        return {name: tracker.state_dict() for name, tracker in self._trackers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hand out the states of the trackers that are here."""
+        for name, tracker in self._trackers.items():
+            if name in state:
+                tracker.load_state_dict(state[name])
+
+
+def _build_aim(args: LoggingArgs, config: Mapping[str, Any]) -> Tracker:
+    if args.aim_args is None:
+        raise ValueError("`logging_args.aim_args` must be given")
+    return AimTracker(args.aim_args, config)
+
+
+def _build_wandb(args: LoggingArgs, config: Mapping[str, Any]) -> Tracker:
+    if args.wandb_args is None:
+        raise ValueError("`logging_args.wandb_args` must be given")
+    return WandBTracker(args.wandb_args, config)
+
+
+TRACKERS: Mapping[str, Callable[[LoggingArgs, Mapping[str, Any]], Tracker]] = {
+    "aim": _build_aim,
+    "wandb": _build_wandb,
+}
+
+
+def build_trackers(
+    args: LoggingArgs,
+    *,
+    metrics_path: Path,
+    config: Mapping[str, Any],
+    others: Mapping[str, Tracker] | None = None,
+) -> Trackers:
+    """Build the trackers of the one rank that tracks.
+
+    Args:
+        args: `logging_args` of the run file.
+        metrics_path: The run's `metrics.jsonl`.
+        config: What the run was started with, shown beside its numbers.
+        others: More trackers by name, such as a progress bar.
+
+    Returns:
+        `metrics.jsonl`, the tracker that the file names, and the others.
+    """
+    trackers: dict[str, Tracker] = {"metrics": JsonLines(metrics_path)}
+    if args.experiments_tracker_name is not None:
+        name = args.experiments_tracker_name
+        trackers[name] = TRACKERS[name](args, config)
+    return Trackers({**trackers, **(others or {})})
