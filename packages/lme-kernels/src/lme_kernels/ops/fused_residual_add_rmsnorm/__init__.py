@@ -8,6 +8,7 @@ from lme_kernels.ops.fused_residual_add_rmsnorm import reference
 FUSED_RESIDUAL_ADD_RMSNORM = Op(
     name="fused_residual_add_rmsnorm",
     reference=reference.fused_residual_add_rmsnorm,
+    implementations={Backend.TRITON: "lme_kernels.ops.fused_residual_add_rmsnorm._triton"},
 )
 
 

@@ -8,6 +8,7 @@ from lme_kernels.ops.gated_rmsnorm import reference
 GATED_RMSNORM = Op(
     name="gated_rmsnorm",
     reference=reference.gated_rmsnorm,
+    implementations={Backend.TRITON: "lme_kernels.ops.gated_rmsnorm._triton"},
 )
 
 

@@ -8,6 +8,7 @@ from lme_kernels.ops.layernorm import reference
 LAYERNORM = Op(
     name="layernorm",
     reference=reference.layernorm,
+    implementations={Backend.TRITON: "lme_kernels.ops.layernorm._triton"},
 )
 
 

@@ -8,6 +8,7 @@ from lme_kernels.ops.p_norm import reference
 P_NORM = Op(
     name="p_norm",
     reference=reference.p_norm,
+    implementations={Backend.TRITON: "lme_kernels.ops.p_norm._triton"},
 )
 
 
