@@ -4,11 +4,12 @@ from torch import Tensor
 
 from lme_kernels.op import Backend, Op
 from lme_kernels.ops.cross_entropy import reference
-from lme_kernels.ops.cross_entropy.options import LossOptions
+from lme_kernels.ops.cross_entropy.options import LossOptions, VocabularyShard
 
 CROSS_ENTROPY = Op(
     name="cross_entropy",
     reference=reference.cross_entropy,
+    implementations={Backend.TRITON: "lme_kernels.ops.cross_entropy._triton"},
 )
 
 
@@ -22,6 +23,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "mean",
+    shard: VocabularyShard | None = None,
     backend: Backend | str | None = None,
 ) -> Tensor:
     """Negative log-probability of each label, in nats.
@@ -40,10 +42,15 @@ def cross_entropy(
         softcap: Bound on the scaled logits' magnitude, above 0; `None` for no bound.
         logit_scale: Factor of the logits, before the bound.
         reduction: "none" for a loss a row, "sum", or "mean" over the rows that are not ignored.
+        shard: Which part of the classes `logits` holds, where they are divided among processes,
+            and how to combine with the others; `None` if it holds all. Every process gets the
+            whole loss, and the gradient of its own logits.
         backend: Implementation to run; `None` takes the fastest one proven for `logits`' device.
 
     Returns:
-        Shape (...) for "none", else a scalar; at least float32. The mean over no rows is 0.
+        Shape (...) for "none", else a scalar; at least float32. The mean over no rows is NaN and
+        its gradient 0, as in torch. Where a kernel runs, a label that is neither a class nor
+        ignored makes its loss NaN (torch stops the process for it).
 
     Raises:
         ValueError: If the shapes do not fit or an option is out of range.
@@ -56,6 +63,6 @@ def cross_entropy(
         expected, got = tuple(logits.shape[:-1]), tuple(labels.shape)
         raise ValueError(f"`labels` must have shape {expected} to match `logits`, got {got}")
     options = LossOptions(
-        ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction, shard
     ).check()
     return CROSS_ENTROPY.choose(backend, logits, labels)(logits, labels, options)

@@ -9,6 +9,7 @@ from lme_kernels.ops.rope import Channels, check_rotation
 QK_NORM_ROPE = Op(
     name="qk_norm_rope",
     reference=reference.qk_norm_rope,
+    implementations={Backend.TRITON: "lme_kernels.ops.qk_norm_rope._triton"},
 )
 
 

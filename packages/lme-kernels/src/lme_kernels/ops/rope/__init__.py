@@ -10,6 +10,8 @@ from lme_kernels.ops.rope import reference
 ROPE = Op(
     name="rope",
     reference=reference.rope,
+    implementations={Backend.TRITON: "lme_kernels.ops.rope._triton"},
+    traced=True,
 )
 
 Channels = Literal["last", "first"]

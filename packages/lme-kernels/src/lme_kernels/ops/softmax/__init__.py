@@ -8,6 +8,7 @@ from lme_kernels.ops.softmax import reference
 SOFTMAX = Op(
     name="softmax",
     reference=reference.softmax,
+    implementations={Backend.TRITON: "lme_kernels.ops.softmax._triton"},
 )
 
 
