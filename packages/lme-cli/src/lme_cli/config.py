@@ -5,6 +5,8 @@ Every depth refuses unknown keys; everything is frozen.
 
 from typing import Annotated
 
+from pydantic import BaseModel, ConfigDict, Discriminator, Field
+
 from lme_core.training.args import (
     MixedPrecisionArgs,
     ModelArgs,
@@ -12,16 +14,15 @@ from lme_core.training.args import (
     TrainingParameters,
     TuningArgs,
 )
+from lme_core.training.logging_args import LoggingArgs
 from lme_core.training.optimizer_args import OptimizerArgs, TorchAdamWArgs
 from lme_core.training.schedules import LRSchedulerArgs
 from lme_core.training.teacher_args import TeacherArgs
-from lme_core.training.tracking import LoggingArgs
 from lme_data.dataset import DatasetArgs
 from lme_data.tokenizer import TokenizerArgs
 from lme_kernels.policy import KernelArgs
 from lme_parallel.args import DistributedArgs
 from lme_parallel.checkpoint.args import LoadArgs, SaveArgs
-from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
 _STRICT = ConfigDict(
     extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()

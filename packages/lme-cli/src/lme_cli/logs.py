@@ -12,6 +12,10 @@ _COLOURS = {
 }
 
 
+# Its lines are the metrics records, which the display shows as they come.
+_SHOWN_ELSEWHERE = "lme_core.training.hooks"
+
+
 def configure(level: str = "INFO", *, colored: bool = False, rank: int = 0) -> None:
     """Send the log to standard error.
 
@@ -34,8 +38,10 @@ def configure(level: str = "INFO", *, colored: bool = False, rank: int = 0) -> N
 
 
 def _from_us_or_serious(record: logging.LogRecord) -> bool:
-    """Keep other libraries' chatter out."""
-    return record.name.startswith("lme_") or record.levelno >= logging.WARNING
+    """Keep other libraries' chatter out, and what the display already shows."""
+    if record.levelno >= logging.WARNING:
+        return True
+    return record.name.startswith("lme_") and record.name != _SHOWN_ELSEWHERE
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):

@@ -35,7 +35,8 @@ def apply_overrides(run_file: RunFile, settings: Sequence[str]) -> RunFile:
             del places[known]
         for each in _paths(value, path):
             places[each] = SET
-    return RunFile(run_file.name, values, places)
+    notes = "".join(f"# --set {setting}\n" for setting in settings)
+    return RunFile(run_file.name, values, places, run_file.text.rstrip("\n") + "\n" + notes)
 
 
 def _path(name: str) -> Path:

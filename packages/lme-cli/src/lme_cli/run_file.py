@@ -42,6 +42,8 @@ class RunFile:
     """The whole file; mappings are dicts, sequences are lists."""
     places: Mapping[Path, Place] = field(default_factory=dict)
     """Place of each key (of a list item: of the item), by path."""
+    text: str = ""
+    """The file as it was written, with a comment for each setting replaced since."""
 
     def place(self, path: Path) -> Place | None:
         """Give the place of `path`, or of the nearest thing around it that was written."""
@@ -81,7 +83,7 @@ def parse(text: str, *, name: str) -> RunFile:
     """Read a run file from a string; see `load`."""
     node = _compose(text, name)
     if node is None:
-        return RunFile(name, {}, {(): Place(name, 1, 1)})
+        return RunFile(name, {}, {(): Place(name, 1, 1)}, text)
     builder = _Builder(name)
     values = builder.build(node, ())
     if not isinstance(values, dict):
@@ -89,7 +91,7 @@ def parse(text: str, *, name: str) -> RunFile:
         raise RunFileError([Problem(message, place=_place(name, node))])
     if builder.problems:
         raise RunFileError(builder.problems)
-    return RunFile(name, values, builder.places)
+    return RunFile(name, values, builder.places, text)
 
 
 def parse_value(text: str, *, name: str) -> Any:

@@ -78,7 +78,9 @@ def explain(error: ValidationError, kind: type[BaseModel], run_file: RunFile) ->
     for each in error.errors(include_url=False):
         by_path.setdefault(_locate(each, run_file.values), []).append(each)
     problems = [_problem(path, each, kind, run_file) for path, each in by_path.items()]
-    return sorted(problems, key=_order)
+    # A misspelt setting is not also missing.
+    meant = {(*each.path[:-1], each.suggestion) for each in problems if each.suggestion}
+    return sorted((each for each in problems if each.path not in meant), key=_order)
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str | None:
@@ -102,14 +104,18 @@ def _locate(error: ErrorDetails, values: object) -> Path:
     path: Path = ()
     here: Any = values
     for index, part in enumerate(error["loc"]):
-        if isinstance(here, dict) and part in here:
-            here = here[part]
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+        if _has(here, part):
             here = here[part]
         elif not (error["type"] == "missing" and index + 1 == len(error["loc"])):
             continue
         path = (*path, part)
     return path
+
+
+def _has(value: object, part: str | int) -> bool:
+    if isinstance(value, dict):
+        return part in value
+    return isinstance(value, list) and isinstance(part, int) and part < len(value)
 
 
 def _problem(
@@ -175,12 +181,14 @@ def _wrong_tag(
 ) -> Problem:
     context = error.get("ctx", {})
     value = error["input"]
+    if not isinstance(value, dict):
+        return Problem(f"is {_show(value)}, must be a mapping", path, run_file.place(path))
     classes = classes_at(kind, path, {})
     if error["type"] == "union_tag_not_found":
         name = str(context.get("discriminator", "")).strip("'()")
         return Problem("is required and missing", (*path, name), run_file.place(path))
     tag = str(context.get("tag"))
-    name = next((key for key, each in dict(value).items() if str(each) == tag), None)
+    name = next((key for key, each in value.items() if str(each) == tag), None)
     expected = [each.strip(" '") for each in str(context.get("expected_tags", "")).split(",")]
     full = (*path, name) if name is not None else path
     close = suggest(tag, expected)

@@ -6,7 +6,7 @@ warn.
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lme_cli.problems import Path, Problem, dotted
@@ -79,7 +79,7 @@ def modernise(run_file: RunFile) -> tuple[RunFile, list[Problem]]:
             place = run_file.place(path)
             message = rename.reason if rename.name else f"has no effect: {rename.reason}"
             warnings.append(Problem(message, path, place, remedy, rename.name))
-    return RunFile(run_file.name, values, places), warnings
+    return replace(run_file, values=values, places=places), warnings
 
 
 def _matches(value: Any, pattern: tuple[str, ...], path: Path) -> Iterator[Path]:

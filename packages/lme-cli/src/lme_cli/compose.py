@@ -1,0 +1,349 @@
+"""From a plan to a run ready to train: the one place that knows every package."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lme_cli.flops import flops_per_token, peak_flops
+from lme_cli.planning import KILL_SWITCH, Plan
+from lme_cli.run_file import RunFile
+from lme_cli.run_tokenizer import bytes_per_target, find_tokenizer
+from lme_core.architectures.decoder import Decoder, parameter_traits
+from lme_core.config import to_dict
+from lme_core.training.batches import BatchStream
+from lme_core.training.evaluation import EvaluationSet
+from lme_core.training.hooks import (
+    EvaluateHook,
+    GarbageCollectionHook,
+    LogHook,
+    ProfileHook,
+    SaveHook,
+    StopHook,
+)
+from lme_core.training.objectives import Objective, build_objective
+from lme_core.training.optimizers import build_optimizer
+from lme_core.training.precision import LossScaler, MasterWeights, set_tf32
+from lme_core.training.schedules import build_schedule
+from lme_core.training.throughput import Throughput
+from lme_core.training.tracking import Tracker, Trackers, build_trackers
+from lme_core.training.trainer import Hook, StepReport, Trainer, TrainState
+from lme_data.build import Loaders, build_loaders
+from lme_data.tokenizer import TextTokenizer
+from lme_kernels.policy import KernelPolicy
+from lme_parallel.checkpoint.checkpointer import Checkpointer
+from lme_parallel.parallelize import parallelize
+from lme_parallel.runtime import DistributedRuntime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """A run put together; `state` says where it stands."""
+
+    trainer: Trainer
+    state: TrainState
+    runtime: DistributedRuntime
+    model: Decoder
+    objective: Objective
+    loaders: Loaders
+    tokenizer: TextTokenizer | None
+    trackers: Trackers
+    checkpointer: Checkpointer
+    evaluation: EvaluateHook | None
+    """What evaluates; `None` where evaluation is off."""
+
+
+def compose(
+    plan: Plan,
+    run_file: RunFile,
+    *,
+    trackers: Mapping[str, Tracker] | None = None,
+    point: Callable[[str], None] | None = None,
+) -> Composed:
+    """Put a run together and restore it; nothing is trained yet.
+
+    Args:
+        plan: From `make_plan`.
+        run_file: Copied into the run directory.
+        trackers: More trackers by name, such as a progress display.
+        point: Called before each numbered step of writing a checkpoint; for tests.
+
+    Returns:
+        The run, its trackers started.
+
+    Raises:
+        ValueError: If the data, the model or the layout do not fit the settings.
+    """
+    run = plan.run
+    set_tf32(run.mixed_precision_args.tf32)
+    kernels = KernelPolicy.from_args(run.kernel_args)
+    tokenizer = find_tokenizer(run, plan.opened)
+    check_vocabulary(plan, tokenizer)
+    loaders = open_data(plan, tokenizer)
+    model = build_model(plan, kernels)
+    runtime = place_model(plan, model)
+    optimizer = build_optimizer(
+        run.optimizer_args,
+        runtime.named_parameters(),
+        parameter_traits(model),
+        plan.model_config.m_width,
+    )
+    steps = run.training_parameters.num_training_steps
+    schedule = build_schedule(run.lr_scheduler_args, optimizer, steps)
+    objective = build_objective(
+        run.tuning_args,
+        auxiliary_weights={},
+        teacher_args=run.teacher_args,
+        teacher=_build_teacher(plan, kernels),
+    )
+    batches = BatchStream(
+        loaders.train,
+        gradient_accumulation_steps=plan.batch.gradient_accumulation_steps,
+        device=plan.device,
+        num_replicas=plan.topology.data_world_size,
+    )
+    followers = _build_trackers(plan, trackers or {})
+    throughput = Throughput(
+        num_devices=plan.topology.world_size,
+        flops_per_token=flops_per_token(plan.model_config, plan.sequence_length),
+        device_peak_flops=peak_flops(plan.device, run.mixed_precision_args.torch_dtype),
+        cost_per_accelerator_per_hour=run.logging_args.cost_per_accelerator_per_hour,
+    )
+    checkpointer = Checkpointer(
+        run.save_args,
+        parameters=runtime.named_parameters(),
+        buffers=runtime.named_buffers(),
+        optimizer=optimizer,
+        stateful={
+            "schedule": schedule,
+            "loader": batches,
+            "trackers": followers,
+            "runtime": runtime,
+            "throughput": throughput,
+        },
+        documents={
+            "config.json": to_dict(plan.model_config),
+            "run.resolved.json": plan.resolved,
+        },
+        topology=plan.topology,
+        after_restore=runtime.finish_step,
+        point=point,
+    )
+    state = TrainState()
+    checkpointer.restore(state, run.load_args)
+    if plan.is_first:
+        _write_run_files(plan, run_file)
+    followers.start(state.step)
+    evaluation = _build_evaluation(plan, runtime, objective, followers, loaders, tokenizer)
+    hooks = _build_hooks(plan, runtime, followers, throughput, evaluation, checkpointer)
+    trainer = Trainer(
+        runtime,
+        objective,
+        optimizer,
+        schedule,
+        batches,
+        hooks,
+        num_training_steps=steps,
+        gradient_clipping=run.training_parameters.gradient_clipping,
+        seed=run.random_args.seed,
+    )
+    return Composed(
+        trainer=trainer,
+        state=state,
+        runtime=runtime,
+        model=model,
+        objective=objective,
+        loaders=loaders,
+        tokenizer=tokenizer,
+        trackers=followers,
+        checkpointer=checkpointer,
+        evaluation=evaluation,
+    )
+
+
+def build_model(plan: Plan, kernels: KernelPolicy) -> Decoder:
+    """Build the model without memory."""
+    with torch.device("meta"):
+        return plan.model_config.build(kernels, seed=plan.run.random_args.seed)
+
+
+def place_model(plan: Plan, model: Decoder) -> DistributedRuntime:
+    """Give the model memory and first values on its devices."""
+    dtype = plan.run.mixed_precision_args.torch_dtype
+    return parallelize(
+        model,
+        plan.topology,
+        plan.run.distributed_args,
+        device=plan.device,
+        dtype=dtype,
+        initial_value=_initial_value(plan, model),
+        masters=MasterWeights,
+        scaler=LossScaler(plan.device) if dtype == torch.float16 else None,
+    )
+
+
+def open_data(plan: Plan, tokenizer: TextTokenizer | None) -> Loaders:
+    """Open the datasets of the run file."""
+    run = plan.run
+    parameters = run.training_parameters
+    return build_loaders(
+        run.datasets,
+        tuning_method=run.tuning_args.tuning_method,
+        micro_batch_size=plan.batch.micro_batch_size,
+        global_batch_size=plan.batch.global_batch_size,
+        num_training_steps=parameters.num_training_steps,
+        data_rank=plan.topology.data_rank,
+        data_world_size=plan.topology.data_world_size,
+        evaluate=parameters.eval_during_training,
+        seed=run.random_args.seed,
+        vocab_size=plan.model_config.vocab_size,
+        tokenizer=tokenizer,
+        reset_attention_mask=run.model_args.reset_attention_mask,
+        reset_position_ids=run.model_args.reset_position_ids,
+        loss_mask=parameters.loss_mask,
+        ignore_sampling_proportion_for_validation=(
+            parameters.ignore_sampling_proportion_for_validation
+        ),
+    )
+
+
+def check_vocabulary(plan: Plan, tokenizer: TextTokenizer | None) -> None:
+    """Refuse a tokenizer with more ids than the model has embeddings.
+
+    Raises:
+        ValueError: Naming both settings.
+    """
+    size = plan.model_config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > size:
+        raise ValueError(
+            f"`tokenizer_args.tokenizer_name` {tokenizer.name} has {tokenizer.vocab_size} ids, but "
+            f"`model_args.pretrained_config.vocab_size` is {size}; set it to at least "
+            f"{tokenizer.vocab_size}"
+        )
+
+
+def evaluation_sets(
+    loaders: Loaders, tokenizer: TextTokenizer | None, names: Iterable[str] = ("val", "test")
+) -> list[EvaluationSet]:
+    """Name the evaluation batches of a run for the hooks and for `lme evaluate`."""
+    sets: list[EvaluationSet] = []
+    for name, whole, groups in (
+        ("val", loaders.val, loaders.val_groups),
+        ("test", loaders.test, loaders.test_groups),
+    ):
+        for group, batches in {None: whole, **groups}.items():
+            if batches is not None and name in names:
+                size = bytes_per_target(batches, tokenizer)
+                sets.append(_evaluation_set(name, batches, group, size))
+    return sets
+
+
+def _evaluation_set(
+    name: str, batches: Iterable[Mapping[str, Tensor]], group: str | None, size: float | None
+) -> EvaluationSet:
+    context = "val" if name == "val" else "test"
+    return EvaluationSet(context=context, batches=batches, group=group, bytes_per_target=size)
+
+
+def _initial_value(plan: Plan, model: Decoder) -> Callable[[str, tuple[slice, ...] | None], Tensor]:
+    if plan.opened is None:
+        return model.initial_value
+    opened = plan.opened
+    missing = [name for name in model.shapes if name not in opened.names]
+    if missing:
+        raise ValueError(
+            f"`model_args.model_name` {plan.run.model_args.model_name} lacks {missing[0]} and "
+            f"{len(missing) - 1} more tensors of its own architecture"
+        )
+    return lambda name, region: opened.tensor(name, region).float()
+
+
+def _build_teacher(plan: Plan, kernels: KernelPolicy) -> Decoder | None:
+    args = plan.run.teacher_args
+    if args is None:
+        return None
+    from lme_cli.models import load_model
+
+    return load_model(args.model_name, device=plan.device, dtype=args.torch_dtype, kernels=kernels)
+
+
+def _build_trackers(plan: Plan, more: Mapping[str, Tracker]) -> Trackers:
+    if not plan.is_first:
+        return Trackers()
+    return build_trackers(
+        plan.run.logging_args,
+        metrics_path=plan.save_path / "metrics.jsonl",
+        config=plan.resolved,
+        others=more,
+    )
+
+
+def _build_evaluation(
+    plan: Plan,
+    runtime: DistributedRuntime,
+    objective: Objective,
+    trackers: Trackers,
+    loaders: Loaders,
+    tokenizer: TextTokenizer | None,
+) -> EvaluateHook | None:
+    parameters = plan.run.training_parameters
+    if not parameters.eval_during_training:
+        return None
+    sets = evaluation_sets(loaders, tokenizer)
+    return EvaluateHook(runtime, objective, trackers, sets, interval=parameters.eval_interval)
+
+
+def _build_hooks(
+    plan: Plan,
+    runtime: DistributedRuntime,
+    trackers: Trackers,
+    throughput: Throughput,
+    evaluation: EvaluateHook | None,
+    checkpointer: Checkpointer,
+) -> list[Hook]:
+    run = plan.run
+    stop = StopHook(
+        runtime,
+        kill_switch=plan.save_path / KILL_SWITCH,
+        stop_after_seconds=run.training_parameters.stop_after_seconds,
+    )
+    hooks: list[Hook] = [
+        stop,
+        LogHook(runtime, trackers, throughput, interval=run.logging_args.log_interval),
+    ]
+    if evaluation is not None:
+        hooks.append(evaluation)
+    hooks.append(SurfaceFailedSaves(checkpointer))
+    hooks.append(SaveHook(checkpointer, trackers, interval=run.save_args.save_interval))
+    trace = run.logging_args.torch_profiler_trace_path
+    if trace is not None and plan.is_first:
+        hooks.append(ProfileHook(Path(trace)))
+    hooks.append(GarbageCollectionHook())
+    return hooks
+
+
+class SurfaceFailedSaves:
+    """Ends the run at the step after which a save in the background turned out to have failed."""
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        """Watch a checkpointer."""
+        self._checkpointer = checkpointer
+
+    def __call__(self, state: TrainState, report: StepReport) -> None:
+        """Raise what a save raised; never waits for one."""
+        self._checkpointer.check()
+
+
+def _write_run_files(plan: Plan, run_file: RunFile) -> None:
+    plan.save_path.mkdir(parents=True, exist_ok=True)
+    resolved = json.dumps(plan.resolved, indent=2, ensure_ascii=False) + "\n"
+    for name, text in (("run.yml", run_file.text), ("run.resolved.json", resolved)):
+        partial = plan.save_path / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(plan.save_path / name)

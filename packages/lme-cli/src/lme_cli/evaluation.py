@@ -1,0 +1,64 @@
+"""A checkpoint's losses, measured as during its run."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lme_cli.compose import build_model, evaluation_sets, open_data, place_model
+from lme_cli.errors import CommandError
+from lme_cli.loading import check_run
+from lme_cli.overrides import apply_overrides
+from lme_cli.planning import make_plan
+from lme_cli.run_file import RunFile
+from lme_cli.run_tokenizer import find_tokenizer
+from lme_core.training.evaluation import records
+from lme_core.training.objectives import build_objective
+from lme_kernels.policy import KernelPolicy
+from lme_parallel.checkpoint.unshard import iterate_tensors, open_checkpoint
+
+
+def evaluate_checkpoint(
+    path: Path, settings: Sequence[str], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Evaluate a checkpoint on its run's data.
+
+    Args:
+        path: A run directory (its newest checkpoint) or a checkpoint.
+        settings: Each of the form `section.key=value`, over the run's own settings.
+        names: Of `val` and `test`.
+
+    Returns:
+        One record a set, as in `metrics.jsonl`.
+
+    Raises:
+        CommandError: If the run has no such data.
+    """
+    checkpoint = open_checkpoint(path)
+    saved = RunFile(str(checkpoint.path), checkpoint.document("run.resolved.json"))
+    evaluated = ["training_parameters.eval_during_training=true", *settings]
+    loaded = check_run(apply_overrides(saved, evaluated))
+    run = loaded.run.model_copy(
+        update={
+            "save_args": dataclasses.replace(
+                loaded.run.save_args, save_path=str(checkpoint.path.parent)
+            )
+        }
+    )
+    plan = make_plan(run)
+    tokenizer = find_tokenizer(run, plan.opened)
+    loaders = open_data(plan, tokenizer)
+    sets = evaluation_sets(loaders, tokenizer, names)
+    if not sets:
+        raise CommandError(f"the run of {checkpoint.path} has no data for {' or '.join(names)}")
+    runtime = place_model(plan, build_model(plan, KernelPolicy.from_args(run.kernel_args)))
+    targets = {**runtime.named_parameters(), **runtime.named_buffers()}
+    for name, tensor in iterate_tensors(checkpoint):
+        targets[name].data.copy_(tensor)
+    runtime.finish_step()
+    state = checkpoint.document("state.json")
+    pretraining = dataclasses.replace(run.tuning_args, tuning_method="pretraining")
+    objective = build_objective(pretraining)
+    return records(
+        runtime, objective, sets, step=checkpoint.step, tokens=int(state.get("tokens", 0))
+    )

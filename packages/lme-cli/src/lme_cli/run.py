@@ -1,0 +1,141 @@
+"""A whole run, from a checked run file to the report: plan, compose, train, tell."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lme_cli.display import Progress, duration, print_next, print_table, print_warnings
+from lme_cli.loading import Loaded
+
+if TYPE_CHECKING:
+    from lme_cli.compose import Composed
+    from lme_cli.planning import Plan
+
+
+def plan_only(loaded: Loaded) -> None:
+    """Print what a run would do."""
+    from lme_cli import flops
+    from lme_cli.planning import describe, make_plan
+
+    print_warnings(loaded.warnings)
+    plan = make_plan(loaded.run)
+    print_table("This run would:", describe(plan, flops.count(plan.model_config)))
+
+
+def train(loaded: Loaded, *, is_quickstart: bool = False) -> None:
+    """Train a run to its end, or until something stops it.
+
+    Args:
+        loaded: From `load_run`.
+        is_quickstart: Whether it is the embedded default: its data are made first, and three
+            completions are printed at the end.
+    """
+    from lme_cli import logs
+    from lme_cli.planning import check_kill_switch, make_plan
+
+    run = loaded.run
+    plan = make_plan(run)
+    logs.configure(
+        run.logging_args.logging_level,
+        colored=run.logging_args.use_colored_logs,
+        rank=plan.launch.rank,
+    )
+    if plan.is_first:
+        print_warnings(loaded.warnings)
+    check_kill_switch(plan)
+    if is_quickstart:
+        _prepare_quickstart(plan)
+    _train(plan, loaded, is_quickstart=is_quickstart)
+
+
+def _prepare_quickstart(plan: "Plan") -> None:
+    from lme_cli.quickstart import prepare
+
+    prepare(plan.save_path / "data", vocab_size=plan.model_config.vocab_size, say=print)
+
+
+def _train(plan: "Plan", loaded: Loaded, *, is_quickstart: bool) -> None:
+    from lme_cli import flops
+    from lme_cli.compose import compose
+    from lme_cli.planning import describe
+    from lme_parallel.launch import process_group
+
+    steps = plan.run.training_parameters.num_training_steps
+    timeout = plan.run.distributed_args.timeout_minutes
+    if plan.is_first:
+        print_table("This run:", describe(plan, flops.count(plan.model_config)))
+    with process_group(plan.launch, device=plan.device, timeout_minutes=timeout):
+        progress = {"progress": Progress(steps)} if plan.is_first else {}
+        composed = compose(plan, loaded.run_file, trackers=progress)
+        started = time.monotonic()
+        is_done = composed.state.step >= steps
+        try:
+            composed.trainer.fit(composed.state)
+        finally:
+            composed.trackers.finish()
+        if plan.is_first:
+            _finish(
+                plan,
+                composed,
+                seconds=time.monotonic() - started,
+                was_done=is_done,
+                is_quickstart=is_quickstart,
+            )
+
+
+def _finish(
+    plan: "Plan", composed: "Composed", *, seconds: float, was_done: bool, is_quickstart: bool
+) -> None:
+    """Say how it ended, write the report, name what to try next."""
+    from lme_cli import flops
+    from lme_cli.planning import describe
+    from lme_cli.report import write_report
+
+    steps = plan.run.training_parameters.num_training_steps
+    if was_done:
+        print(f"nothing left to train: step {composed.state.step:,} of {steps:,} is saved")
+    elif composed.state.stop_reason is not None:
+        print(
+            f"stopped after step {composed.state.step:,} of {steps:,}: "
+            f"{composed.state.stop_reason}; saved, the same command continues"
+        )
+    samples = _samples(composed) if is_quickstart else []
+    facts = dict(describe(plan, flops.count(plan.model_config)))
+    facts["trained for"] = duration(seconds)
+    report = write_report(plan.save_path, title=str(plan.save_path), facts=facts, samples=samples)
+    print(f"\n{plan.save_path}: step {composed.state.step:,}, {duration(seconds)}; {report}")
+    print_next(_next_commands(plan.save_path, is_quickstart=is_quickstart))
+
+
+def _samples(composed: "Composed"):
+    """Let the model complete three prompts, and print them."""
+    from lme_cli.generation import complete
+    from lme_cli.quickstart import PROMPTS
+    from lme_cli.report import Sample
+
+    if composed.tokenizer is None:
+        return []
+    samples = []
+    for number, prompt in enumerate(PROMPTS):
+        completion = complete(
+            composed.model, composed.tokenizer, prompt, max_new_tokens=64, seed=number
+        )
+        samples.append(Sample(prompt, completion))
+        print(f"\n--- completion {number + 1} ---\n{prompt}{completion}")
+    return samples
+
+
+def _next_commands(save_path: Path, *, is_quickstart: bool) -> list[tuple[str, str]]:
+    train = "lme train"
+    if not is_quickstart:
+        train = f"lme train {save_path / 'run.yml'}"
+    elif str(save_path) != "lme-quickstart":
+        train += f" --set save_args.save_path={save_path}"
+    return [
+        (f'lme generate {save_path} --prompt "class Tree:"', "write text with the model"),
+        (f"lme unshard {save_path} {save_path}-model", "write it as one safetensors directory"),
+        (
+            f"{train} --set training_parameters.num_training_steps=2000",
+            "train for longer; without `--set` a stopped run continues",
+        ),
+    ]
