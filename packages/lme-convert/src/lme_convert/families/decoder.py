@@ -92,12 +92,15 @@ _OUR_IDLE = (
 )
 
 
-def read_decoder(theirs: Settings, *, tied: bool = False) -> dict[str, Any]:
+def read_decoder(
+    theirs: Settings, *, bos_token_id: int | None = None, eos_token_id: int | None = None
+) -> dict[str, Any]:
     """Read what all these families call alike; blocks are added by the family.
 
     Args:
         theirs: Their settings.
-        tied: Their default of `tie_word_embeddings`.
+        bos_token_id: What their class takes where a file has no such field.
+        eos_token_id: The same.
 
     Raises:
         ConversionError: If a field is missing or malformed.
@@ -115,12 +118,12 @@ def read_decoder(theirs: Settings, *, tied: bool = False) -> dict[str, Any]:
         "normalization_function": "rmsnorm",
         "layer_norm_epsilon": theirs.number("rms_norm_eps", 1e-6),
         "initializer_range": theirs.number("initializer_range", 0.02),
-        "bos_token_id": theirs.token_ids("bos_token_id"),
-        "eos_token_id": theirs.token_ids("eos_token_id"),
+        "bos_token_id": theirs.token_ids("bos_token_id", bos_token_id),
+        "eos_token_id": theirs.token_ids("eos_token_id", eos_token_id),
         "pad_token_id": theirs.token_ids("pad_token_id"),
         "position_embedding_type": "rope",
         **read_rope(theirs),
-        "tie_word_embeddings": theirs.boolean("tie_word_embeddings", tied),
+        "tie_word_embeddings": theirs.boolean("tie_word_embeddings", False),
     }
 
 
@@ -217,12 +220,14 @@ def attention_multiplier(mixer: Settings, head_dim: int) -> float:
     return mixer.number("attention_multiplier", 1.0 / head_dim if inverse else head_dim**-0.5)
 
 
-def expect_plain_attention_multiplier(mixer: Settings, head_dim: int) -> None:
-    """Refuse a factor of query times key other than 1 / sqrt(head_dim).
+def expect_no_multipliers(ours: Settings, mixer: Settings, head_dim: int) -> None:
+    """Refuse multipliers, of which a Llama has none but 1 / sqrt(head_dim) of query times key.
 
     Raises:
-        UnsupportedModelError: Naming the setting and the factor.
+        UnsupportedModelError: Naming the setting and its value.
     """
+    for name in ("m_emb", "m_residual", "m_width"):
+        ours.expect(name, (None, 1))
     factor = attention_multiplier(mixer, head_dim)
     if factor != head_dim**-0.5:
         raise UnsupportedModelError(

@@ -31,7 +31,7 @@ def import_config(theirs: Settings) -> dict[str, Any]:
         "attention_multiplier": theirs.number("attention_multiplier", 1.0),
     }
     mlp = read_mlp(theirs) | {"add_bias": theirs.boolean("mlp_bias", False)}
-    config = read_decoder(theirs)
+    config = read_decoder(theirs, bos_token_id=1, eos_token_id=2)
     for name, ours in _MULTIPLIERS:
         value = theirs.number(name, 1.0)
         config[ours] = None if value == 1.0 else value

@@ -5,7 +5,7 @@ from typing import Any
 from lme_convert.errors import UnsupportedModelError
 from lme_convert.families.decoder import (
     DECODER_RULES,
-    expect_plain_attention_multiplier,
+    expect_no_multipliers,
     read_attention,
     read_decoder,
     read_mlp,
@@ -22,7 +22,10 @@ def import_config(theirs: Settings) -> dict[str, Any]:
     """Llama's config to ours."""
     mixer = read_attention(theirs) | {"add_bias": theirs.boolean("attention_bias", False)}
     mlp = read_mlp(theirs) | {"add_bias": theirs.boolean("mlp_bias", False)}
-    config = read_decoder(theirs) | {"sequence_mixer_blocks": [mixer], "mlp_blocks": [mlp]}
+    config = read_decoder(theirs, bos_token_id=1, eos_token_id=2) | {
+        "sequence_mixer_blocks": [mixer],
+        "mlp_blocks": [mlp],
+    }
     theirs.warn_of_rest()
     return config
 
@@ -34,7 +37,7 @@ def export_config(ours: Settings) -> dict[str, Any]:
     config["attention_bias"] = mixer.boolean("add_bias", False)
     config["mlp_bias"] = mlp.boolean("add_bias", False)
     mixer.expect("qkv_bias", (None, config["attention_bias"]))
-    expect_plain_attention_multiplier(mixer, config["head_dim"])
+    expect_no_multipliers(ours, mixer, config["head_dim"])
     if config["hidden_size"] % config["num_attention_heads"]:
         raise UnsupportedModelError(
             f"`num_attention_heads` is {config['num_attention_heads']}; a Llama's must divide "

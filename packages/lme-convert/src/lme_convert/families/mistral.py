@@ -4,7 +4,7 @@ from typing import Any
 
 from lme_convert.families.decoder import (
     DECODER_RULES,
-    expect_plain_attention_multiplier,
+    expect_no_multipliers,
     read_attention,
     read_decoder,
     read_mlp,
@@ -25,7 +25,10 @@ def import_config(theirs: Settings) -> dict[str, Any]:
     theirs.expect("layer_types", (None,))
     mixer = read_attention(theirs) | {"add_bias": False, "sliding_window": window}
     mlp = read_mlp(theirs) | {"add_bias": False}
-    config = read_decoder(theirs) | {"sequence_mixer_blocks": [mixer], "mlp_blocks": [mlp]}
+    config = read_decoder(theirs, bos_token_id=1, eos_token_id=2) | {
+        "sequence_mixer_blocks": [mixer],
+        "mlp_blocks": [mlp],
+    }
     theirs.warn_of_rest()
     return config
 
@@ -35,7 +38,7 @@ def export_config(ours: Settings) -> dict[str, Any]:
     mixer, mlp = uniform(ours, "sequence_mixer_blocks"), uniform(ours, "mlp_blocks")
     config = write_decoder(ours) | write_attention(ours, mixer) | write_mlp(ours, mlp)
     config["sliding_window"] = mixer.optional_integer("sliding_window")
-    expect_plain_attention_multiplier(mixer, config["head_dim"])
+    expect_no_multipliers(ours, mixer, config["head_dim"])
     for settings in (ours, mixer, mlp):
         settings.refuse_rest()
     return config

@@ -4,7 +4,7 @@ from typing import Any
 
 from lme_convert.families.decoder import (
     DECODER_RULES,
-    expect_plain_attention_multiplier,
+    expect_no_multipliers,
     read_attention,
     read_decoder,
     read_mlp,
@@ -39,7 +39,7 @@ def export_config(ours: Settings) -> dict[str, Any]:
     config |= write_windows(ours)
     mixer.drop(("sliding_window",))
     mixer.expect("qkv_bias", (True,))
-    expect_plain_attention_multiplier(mixer, config["head_dim"])
+    expect_no_multipliers(ours, mixer, config["head_dim"])
     if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         # Their class has no such field; it is read only where a file brings it.
         del config["head_dim"]

@@ -5,7 +5,7 @@ from typing import Any
 from lme_convert.families.decoder import (
     DECODER_RULES,
     QK_NORM_RULES,
-    expect_plain_attention_multiplier,
+    expect_no_multipliers,
     read_attention,
     read_decoder,
     read_mlp,
@@ -49,7 +49,7 @@ def export_config(ours: Settings) -> dict[str, Any]:
     mixer.expect("qk_norm", (True,))
     config["attention_bias"] = mixer.boolean("add_bias", False)
     mixer.expect("qkv_bias", (None, config["attention_bias"]))
-    expect_plain_attention_multiplier(mixer, config["head_dim"])
+    expect_no_multipliers(ours, mixer, config["head_dim"])
     for settings in (ours, mixer, mlp):
         settings.refuse_rest()
     return config
