@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from lme_core.training.hooks import (
 from lme_core.training.objectives import Objective, build_objective
 from lme_core.training.optimizers import build_optimizer
 from lme_core.training.precision import LossScaler, MasterWeights, set_tf32
+from lme_core.training.runtime import Runtime
 from lme_core.training.schedules import build_schedule
 from lme_core.training.throughput import Throughput
 from lme_core.training.tracking import Tracker, Trackers, build_trackers
@@ -37,7 +39,6 @@ from lme_data.tokenizer import TextTokenizer
 from lme_kernels.policy import KernelPolicy
 from lme_parallel.checkpoint.checkpointer import Checkpointer
 from lme_parallel.parallelize import parallelize
-from lme_parallel.runtime import DistributedRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Composed:
 
     trainer: Trainer
     state: TrainState
-    runtime: DistributedRuntime
+    runtime: Runtime
     model: Decoder
     objective: Objective
     loaders: Loaders
@@ -173,10 +174,10 @@ def build_model(plan: Plan, kernels: KernelPolicy) -> Decoder:
         return plan.model_config.build(kernels, seed=plan.run.random_args.seed)
 
 
-def place_model(plan: Plan, model: Decoder) -> DistributedRuntime:
+def place_model(plan: Plan, model: Decoder) -> Runtime:
     """Give the model memory and first values on its devices."""
     dtype = plan.run.mixed_precision_args.torch_dtype
-    return parallelize(
+    runtime = parallelize(
         model,
         plan.topology,
         plan.run.distributed_args,
@@ -186,6 +187,8 @@ def place_model(plan: Plan, model: Decoder) -> DistributedRuntime:
         masters=MasterWeights,
         scaler=LossScaler(plan.device) if dtype == torch.float16 else None,
     )
+    # Equal in form, not in name: the packages do not know each other's classes.
+    return cast(Runtime, runtime)
 
 
 def open_data(plan: Plan, tokenizer: TextTokenizer | None) -> Loaders:
@@ -286,7 +289,7 @@ def _build_trackers(plan: Plan, more: Mapping[str, Tracker]) -> Trackers:
 
 def _build_evaluation(
     plan: Plan,
-    runtime: DistributedRuntime,
+    runtime: Runtime,
     objective: Objective,
     trackers: Trackers,
     loaders: Loaders,
@@ -301,7 +304,7 @@ def _build_evaluation(
 
 def _build_hooks(
     plan: Plan,
-    runtime: DistributedRuntime,
+    runtime: Runtime,
     trackers: Trackers,
     throughput: Throughput,
     evaluation: EvaluateHook | None,

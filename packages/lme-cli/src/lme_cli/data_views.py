@@ -1,62 +1,54 @@
 """What `lme data` shows and does besides tokenising."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from lme_cli.errors import CommandError
 from lme_cli.loading import load_run
-from lme_data.indexed import IndexedTokens
-from lme_data.manifest import Manifest, read_manifest
-from lme_data.tokenizer import TextTokenizer
-from lme_data.writer import IndexedWriter
+from lme_data.merging import inspect_corpus, preview
+from lme_data.tokenizer import TextTokenizer, load_tokenizer
 
 _IGNORED = -100
 
 
-def inspect_pair(prefix: Path) -> list[tuple[str, str]]:
+def describe_pair(prefix: Path) -> list[tuple[str, str]]:
     """Describe a `.bin/.idx` pair in names and values."""
-    pair = IndexedTokens(prefix)
+    found = inspect_corpus(prefix)
     rows = [
-        ("documents", f"{len(pair.document_bounds) - 1:,}"),
-        ("sequences", f"{pair.num_sequences:,}"),
-        ("tokens", f"{pair.num_tokens:,}"),
-        ("dtype", str(pair.dtype)),
+        ("documents", f"{found.num_documents:,}"),
+        ("sequences", f"{found.num_sequences:,}, {found.num_empty:,} of them empty"),
+        ("tokens", f"{found.num_tokens:,} ({found.dtype}, {found.bin_bytes:,} bytes)"),
+        (
+            "lengths",
+            f"{found.shortest:,} least, {found.median:,.0f} median, {found.mean:,.1f} mean, "
+            f"{found.longest:,} most",
+        ),
+        ("ids", f"{found.smallest_id} to {found.largest_id}"),
     ]
-    if pair.num_sequences:
-        low, middle, high = np.quantile(pair.lengths, [0.0, 0.5, 1.0])
-        rows.append(("tokens/sequence", f"{low:.0f} least, {middle:.0f} median, {high:.0f} most"))
-    manifest = read_manifest(prefix)
-    if manifest is None:
+    if not found.has_manifest:
         return [*rows, ("manifest", "none; `lme data tokenize` writes one")]
-    rows.append(("ids", f"{manifest.smallest_id} to {manifest.largest_id}"))
-    if manifest.tokenizer is not None:
-        info = manifest.tokenizer
+    if found.tokenizer is not None:
+        info = found.tokenizer
         rows.append(("tokenizer", f"{info.name}, {info.vocab_size:,} ids, sha256 {info.sha256}"))
         rows.append(("end of text", str(info.eos_token_id)))
     return rows
 
 
-def merge_pairs(prefixes: Sequence[Path], output: Path) -> Manifest:
-    """Write several pairs as one.
+def preview_documents(
+    prefix: Path, tokenizer: str | None, *, count: int, max_tokens: int
+) -> Iterator[str]:
+    """Decode the first documents of a pair.
 
-    Raises:
-        CommandError: If a pair would be overwritten, or tokenizers differ.
+    Args:
+        prefix: The pair.
+        tokenizer: What decodes; ids are shown without one.
+        count: Documents.
+        max_tokens: Tokens of each.
     """
-    if output in prefixes:
-        raise CommandError(f"`--output-prefix` {output} is one of the pairs to merge")
-    manifests = [read_manifest(each) for each in prefixes]
-    tokenizers = [each.tokenizer for each in manifests if each is not None and each.tokenizer]
-    if len({each.sha256 for each in tokenizers}) > 1:
-        raise CommandError(
-            "the pairs were made with different tokenizers, so ids differ in meaning"
-        )
-    with IndexedWriter(output, IndexedTokens(prefixes[0]).dtype) as writer:
-        for each in prefixes:
-            writer.add_pair(each)
-        return writer.finalize(tokenizers[0] if len(tokenizers) == len(prefixes) else None)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    documents = range(min(count, inspect_corpus(prefix).num_documents))
+    shown = preview(prefix, loaded, documents=documents, max_tokens=max_tokens)
+    for number, text in enumerate(shown):
+        yield f"--- document {number} ---\n{text}"
 
 
 def preview_rows(
@@ -80,7 +72,6 @@ def preview_rows(
     loaded = load_run(path, settings)
     plan = make_plan(loaded.run)
     tokenizer = find_tokenizer(loaded.run, plan.opened)
-    plan = dataclasses.replace(plan, checkpoint=None)
     loaders = open_data(plan, tokenizer)
     shown = 0
     for batch in loaders.train:

@@ -92,7 +92,7 @@ def _optional() -> Iterator[Finding]:
         if importlib.util.find_spec(module) is not None:
             yield Finding(module, True, f"{_version(module) or 'found'} ({purpose})")
         else:
-            detail = f"not installed; {purpose} need `pip install '{package}[{extra}]'`"
+            detail = f"not installed; for {purpose}: `pip install '{package}[{extra}]'`"
             yield Finding(module, False, detail)
 
 

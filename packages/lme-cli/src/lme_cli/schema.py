@@ -44,7 +44,7 @@ def classes_at(root: type, path: Path, values: object) -> list[type]:
     here = values
     for part in path:
         classes = _chosen([each for hint in hints for each in section_classes(hint)], here)
-        found = [fields(each)[part] for each in classes if part in fields(each)]
+        found = [fields(each)[str(part)] for each in classes if part in fields(each)]
         found += [item for hint in hints for item in _items(hint)] if not found else []
         hints = found
         here = _part(here, part)

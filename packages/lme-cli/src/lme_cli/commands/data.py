@@ -13,12 +13,46 @@ PrefixArgument = Annotated[Path, typer.Argument(help="Prefix of a `.bin/.idx` pa
 
 
 @app.command()
+def tokenize(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Files and folders: JSON lines, parquet, text.")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="A `tokenizer.json`, its folder, or a hub name.")],
+    output_prefix: Annotated[Path, typer.Option(help="Prefix of the `.bin/.idx` pair to write.")],
+    json_key: Annotated[
+        list[str] | None, typer.Option(help="Key or column of the text; may be repeated.")
+    ] = None,
+    documents: Annotated[
+        str, typer.Option(help="What one document of a text file is: file, paragraph or line.")
+    ] = "file",
+    is_without_eod: Annotated[
+        bool, typer.Option("--no-eod", help="Do not end documents with the end-of-text token.")
+    ] = False,
+    num_processes: Annotated[
+        int, typer.Option(min=0, help="Processes that encode; 0 uses threads.")
+    ] = 0,
+) -> None:
+    """Turn text into token files; started again after a stop, it goes on where it was."""
+    from lme_cli.tokenizing import tokenize as run
+
+    run(
+        inputs,
+        tokenizer,
+        output_prefix,
+        json_keys=json_key or ["text"],
+        documents=documents,
+        append_eod=not is_without_eod,
+        num_processes=num_processes,
+    )
+
+
+@app.command()
 def inspect(prefix: PrefixArgument) -> None:
     """Print sizes, dtype, tokenizer and lengths of documents."""
-    from lme_cli.data_views import inspect_pair
+    from lme_cli.data_views import describe_pair
 
-    for name, value in inspect_pair(prefix):
-        print(f"{name:<16} {value}")
+    for name, value in describe_pair(prefix):
+        print(f"{name:<11} {value}")
 
 
 @app.command()
@@ -31,13 +65,11 @@ def verify(prefix: PrefixArgument) -> None:
         print(f"fault: {fault}")
     if report.faults:
         raise typer.Exit(1)
-    checked = (
-        f"{report.bytes_checked:,} bytes by checksum"
-        if report.has_manifest
-        else ("structure only: there is no manifest")
-    )
+    checked = "structure only: there is no manifest"
+    if report.has_manifest:
+        checked = f"{report.bytes_checked:,} bytes by checksum"
     print(
-        f"{prefix}: sound; {report.num_documents:,} documents, {report.num_tokens:,} tokens, "
+        f"{prefix}: sound; {report.num_documents:,} documents, {report.num_tokens:,} tokens; "
         f"{checked}"
     )
 
@@ -48,24 +80,36 @@ def merge(
     output_prefix: Annotated[Path, typer.Option(help="Prefix of the pair to write.")],
 ) -> None:
     """Write several pairs of one dtype as one, in the given order."""
-    from lme_cli.data_views import merge_pairs
+    from lme_data.merging import merge_corpora
 
-    manifest = merge_pairs(prefixes, output_prefix)
+    manifest = merge_corpora(prefixes, output_prefix)
     print(f"{output_prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")
 
 
 @app.command()
 def preview(
-    run_file: Annotated[Path, typer.Argument(help="A run file.")],
+    source: Annotated[
+        Path, typer.Argument(help="A run file (`.yml`), or the prefix of a `.bin/.idx` pair.")
+    ],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A.B.C=VALUE", help="Replace one setting."),
+        typer.Option("--set", metavar="A.B.C=VALUE", help="Replace one setting of the run file."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 2,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row to show.")] = 200,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="What decodes a pair; ids are shown without one.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Rows or documents to show.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each to show.")] = 200,
 ) -> None:
-    """Show the first rows a run would train on, decoded, with what is a target and what is not."""
-    from lme_cli.data_views import preview_rows
+    """Show the first rows a run would train on, or the first documents of a pair.
 
-    for text in preview_rows(run_file, settings or [], count=count, max_tokens=max_tokens):
+    Of a run's rows, what is no target stands in double brackets.
+    """
+    from lme_cli.data_views import preview_documents, preview_rows
+
+    if source.suffix in (".yml", ".yaml"):
+        shown = preview_rows(source, settings or [], count=count, max_tokens=max_tokens)
+    else:
+        shown = preview_documents(source, tokenizer, count=count, max_tokens=max_tokens)
+    for text in shown:
         print(text)
