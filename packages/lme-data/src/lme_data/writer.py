@@ -135,6 +135,11 @@ class IndexedWriter:
         self._num_sequences += other.num_sequences
         self._num_documents += other.num_documents
 
+    @property
+    def num_documents(self) -> int:
+        """Ended documents so far."""
+        return self._num_documents
+
     def position(self) -> WriterPosition:
         """Where the writer is, once everything before is on disk."""
         for file in (self._tokens, self._lengths, self._bounds):
