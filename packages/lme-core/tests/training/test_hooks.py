@@ -3,7 +3,9 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -274,7 +276,18 @@ def test_a_replica_that_heard_nothing_stops_with_the_others(runtime):
     assert "exists" in state.stop_reason
 
 
-def test_a_trace_of_one_step_is_written(tmp_path):
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """The profiler asks Inductor whether it captures graphs, and importing it takes seconds."""
+    if "torch._inductor" not in sys.modules:
+        config = types.SimpleNamespace(triton=types.SimpleNamespace(cudagraphs=False))
+        package = types.SimpleNamespace(config=config)
+        monkeypatch.setitem(sys.modules, "torch._inductor", package)
+        monkeypatch.setitem(sys.modules, "torch._inductor.config", config)
+        monkeypatch.setattr(torch, "_inductor", package, raising=False)
+
+
+def test_a_trace_of_one_step_is_written(tmp_path, without_inductor):
     hook = ProfileHook(tmp_path, wait=1, warmup=1, active=1)
     for step in range(1, 6):
         torch.ones(8, 8) @ torch.ones(8, 8)

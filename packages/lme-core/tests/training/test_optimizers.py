@@ -1,3 +1,4 @@
+import sys
 from typing import get_args
 
 import pytest
@@ -146,6 +147,18 @@ def test_the_fused_update_is_taken_unless_the_file_says_otherwise(tiny_traits):
     for refused in (AdamWClassArgs(fused=False), AdamWClassArgs(foreach=True)):
         other = build_optimizer(TorchAdamWArgs(class_args=refused), named, tiny_traits(named))
         assert not any(group["fused"] for group in other.param_groups)
+
+
+@pytest.mark.parametrize("name", ["TorchAdamW", "TorchSGD", "TorchRMSprop"])
+def test_neither_building_nor_stepping_loads_the_compiler(name, tiny_traits, monkeypatch):
+    # Any attempt to import it now fails.
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    named = parameters()
+    optimizer = build_optimizer(KINDS[name](), named, tiny_traits(named))
+    give_gradients(named, 0)
+    step_optimizer(optimizer, torch.tensor(1.0))
+    assert isinstance(optimizer, getattr(torch.optim, name.removeprefix("Torch")))
+    assert not torch.equal(named["up.weight"], parameters()["up.weight"])
 
 
 def cut_update(args, cut, threads, traits):

@@ -172,6 +172,7 @@ class StopHook:
         kill_switch: Path | None = None,
         stop_after_seconds: float | None = None,
         signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+        interval: int = 1,
     ) -> None:
         """Start to listen and to count the time; signals can be heard on the main thread only.
 
@@ -180,7 +181,9 @@ class StopHook:
             kill_switch: The file that ends the run when it exists.
             stop_after_seconds: Wall-clock budget.
             signals: What ends the run.
+            interval: Optimizer steps between agreements, which cost a message on the host.
         """
+        self._interval = interval
         self._runtime = runtime
         self._kill_switch = kill_switch
         self._budget = stop_after_seconds
@@ -190,6 +193,8 @@ class StopHook:
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Ask the replicas, and set `state.stop_reason` if any of them wants to stop."""
+        if state.step % self._interval:
+            return
         reasons = [
             (self._received, "a signal asked for it"),
             (

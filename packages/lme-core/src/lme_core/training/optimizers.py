@@ -1,5 +1,6 @@
 """Optimizers by name, and which parameters they decay and how fast they learn."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -143,7 +144,33 @@ def build_optimizer(
         devices = {parameter.device.type for parameter in named_parameters.values()}
         if settings["foreach"] is None and devices <= _FUSED_DEVICES:
             settings["fused"] = True
-    return args.torch_class(groups, **settings)
+    return light_class(args.torch_class)(groups, **settings)
+
+
+def light_class(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Derive an optimizer that does not load torch's compiler.
+
+    Torch's own methods import it to say that they must not be compiled, which takes seconds at
+    the start of every run, compiled or not.
+
+    Args:
+        torch_class: One of torch's optimizers.
+
+    Returns:
+        A subclass of the same name that computes the same.
+    """
+    add = inspect.unwrap(torch_class.add_param_group)
+    update = inspect.unwrap(torch_class.step)
+
+    def add_param_group(self: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
+        add(self, param_group)
+
+    @torch.no_grad()
+    def step(self: torch.optim.Optimizer, closure: None = None) -> None:
+        update(self, closure)
+
+    members = {"__doc__": torch_class.__doc__, "add_param_group": add_param_group, "step": step}
+    return type(torch_class.__name__, (torch_class,), members)
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
