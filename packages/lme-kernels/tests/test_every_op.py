@@ -2,29 +2,46 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lme_kernels.examples import examples_of
 from lme_kernels.functional import ALL_OPS
 from lme_kernels.op import UnsupportedBackendError
-from lme_kernels.testing import check_against_reference, dtypes_for, fused_backends
-
-CALLS = [
-    pytest.param(op, example, backend, id=f"{op.name}@{backend}-{example.name}")
-    for op in ALL_OPS.values()
-    for backend in fused_backends(op)
-    for example in examples_of(op)
-]
-FIRST_CALLS = [
-    pytest.param(op, examples_of(op)[0], backend, id=f"{op.name}@{backend}")
-    for op in ALL_OPS.values()
-    for backend in fused_backends(op)
-]
+from lme_kernels.testing import (
+    assert_matches,
+    check_against_reference,
+    device_for,
+    dtypes_for,
+    fused_backends,
+    run,
+)
 
 
-def moved(example, where):
-    return [
-        each.to(where) if isinstance(each, torch.Tensor) else each for each in example.arguments
-    ]
+def parameters(only_first):
+    for op in ALL_OPS.values():
+        for backend in fused_backends(op):
+            marks = [pytest.mark.gpu] if device_for(backend).type != "cpu" else []
+            for example in examples_of(op)[: 1 if only_first else None]:
+                name = f"{op.name}@{backend}-{example.name}"
+                yield pytest.param(op, example, backend, id=name, marks=marks)
+
+
+CALLS = list(parameters(only_first=False))
+FIRST_CALLS = list(parameters(only_first=True))
+
+
+def placed(values, backend):
+    where = device_for(backend)
+    return [each.to(where) if isinstance(each, torch.Tensor) else each for each in values]
+
+
+def call(op, example, backend, function=None):
+    """Outputs and gradients of an example call in float32."""
+    arguments = placed(example.arguments, backend)
+    keys, values = list(example.options), list(example.options.values())
+    options = {**dict(zip(keys, placed(values, backend), strict=True)), "backend": backend}
+    result = run(function or op.function, arguments, options, constants=example.constants)
+    return [*result.outputs, *result.gradients]
 
 
 @pytest.mark.parametrize(("op", "example", "backend"), CALLS)
@@ -41,3 +58,77 @@ def test_values_and_gradients_match_float64(op, example, backend):
             )
         except UnsupportedBackendError as error:
             pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("op", "example", "backend"), FIRST_CALLS)
+def test_compiled_with_dynamic_shapes_it_gives_the_same(op, example, backend):
+    torch._dynamo.reset()
+    op.load()
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    eager = call(op, example, backend)
+    for ours, theirs in zip(call(op, example, backend, compiled), eager, strict=True):
+        assert_matches(ours, theirs)
+
+
+@pytest.mark.parametrize(("op", "example", "backend"), FIRST_CALLS)
+def test_it_gives_the_same_bits_twice_and_changes_no_argument(op, example, backend):
+    arguments = placed(example.arguments, backend)
+    before = [each.clone() if isinstance(each, torch.Tensor) else each for each in arguments]
+    leaves = [
+        each.requires_grad_()
+        for position, each in enumerate(arguments)
+        if isinstance(each, torch.Tensor)
+        and each.is_floating_point()
+        and position not in example.constants
+    ]
+
+    def outputs():
+        result = op.function(*arguments, **example.options, backend=backend)
+        return result if isinstance(result, tuple) else (result,)
+
+    once, again = outputs(), outputs()
+    weights = [torch.ones_like(each) for each in once]
+    # The first graph is used twice: a backward that wrote into a saved tensor would differ.
+    gradients = [torch.autograd.grad(once, leaves, weights, retain_graph=True) for _ in range(2)]
+    gradients.append(torch.autograd.grad(again, leaves, weights))
+    for ours, theirs in zip(again, once, strict=True):
+        assert torch.equal(ours, theirs)
+    for other in gradients[1:]:
+        for ours, theirs in zip(other, gradients[0], strict=True):
+            assert torch.equal(ours, theirs)
+    for ours, theirs in zip(arguments, before, strict=True):
+        assert ours is theirs or torch.equal(ours, theirs)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of this package's custom ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lme_kernels":
+            self.calls.setdefault(function, args)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "example", "backend"),
+    [each for each in FIRST_CALLS if each.values[2] in ("triton", "cuda")],
+)
+def test_custom_ops_keep_the_contract_of_torch(op, example, backend, monkeypatch):
+    op.load()
+    recorder = Recorder()
+    # What compiled code would call.
+    with monkeypatch.context() as patch, recorder:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        call(op, example, backend)
+    assert recorder.calls
+    for function, args in recorder.calls.items():
+        detached = [each.detach() if isinstance(each, torch.Tensor) else each for each in args]
+        torch.library.opcheck(
+            function,
+            detached,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )

@@ -61,7 +61,8 @@ def row_settings(
     # The backward holds twice as many values an element: x, dy, the weight and its gradient.
     elements_per_warp = 512 if backward else 1024
     num_warps = max(1, min(32, block_rows * block_columns // elements_per_warp))
-    resident = max(1, 32 // num_warps)
+    # At about 90 registers a thread 24 warps are resident; a program more would run alone at the end.
+    resident = max(1, 24 // num_warps)
     programs = min(processors * resident, -(-rows // block_rows))
     return RowSettings(block_rows, block_columns, num_warps, max(1, programs))
 

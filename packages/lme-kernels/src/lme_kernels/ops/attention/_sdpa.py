@@ -42,7 +42,7 @@ def attention(
         attn_mask=bias,
         is_causal=is_causal,
         scale=options.factor(query.shape[-1]),
-        enable_gqa=query.shape[2] != key.shape[2],
+        enable_gqa=bool(query.shape[2] != key.shape[2]),
     )
     return y.transpose(1, 2)
 
