@@ -18,11 +18,14 @@ def bounded(x, logit_scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def scores_at(row_ptr, offsets, V, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """Scores of a block of a row, minus infinity past its end."""
-    mask = offsets < V
-    x = tl.load(row_ptr + offsets, mask=mask, other=0.0)
-    return tl.where(mask, bounded(x, logit_scale, softcap, SOFTCAP), -float("inf"))
+def scores_at(row_ptr, offsets, V, width, logit_scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores of a block of a row, minus infinity past its end.
+
+    `width` columns may be read: where rows are padded to a multiple of 16, loads are wide although
+    `V` is odd.
+    """
+    x = tl.load(row_ptr + offsets, mask=offsets < width, other=0.0)
+    return tl.where(offsets < V, bounded(x, logit_scale, softcap, SOFTCAP), -float("inf"))
 
 
 @triton.jit
@@ -43,6 +46,7 @@ def extended(maximum, partition, scores):
 def row_statistics(
     row_ptr,
     V,
+    width,
     logit_scale,
     softcap,
     SOFTCAP: tl.constexpr,
@@ -60,7 +64,7 @@ def row_statistics(
     partition = tl.zeros((BLOCK,), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, V, BLOCK):
-        scores = scores_at(row_ptr, start + columns, V, logit_scale, softcap, SOFTCAP)
+        scores = scores_at(row_ptr, start + columns, V, width, logit_scale, softcap, SOFTCAP)
         maximum, partition, factor, term = extended(maximum, partition, scores)
         if TOTAL:
             total += tl.where(start + columns < V, scores, 0.0)
@@ -101,7 +105,9 @@ def gradient_of(
 ):
     """Gradient of one row's cross-entropy by the scaled logits of a block."""
     gradient = tl.exp(scores - partition) * (1.0 + 2.0 * z_loss * partition) - smooth_share
-    gradient = tl.where(offsets + vocab_start == label.to(tl.int64), gradient - label_share, gradient)
+    gradient = tl.where(
+        offsets + vocab_start == label.to(tl.int64), gradient - label_share, gradient
+    )
     if SOFTCAP:
         slope = scores / softcap
         gradient *= 1.0 - slope * slope
@@ -117,6 +123,7 @@ def statistics_kernel(
     parts_ptr,
     rows,
     V,
+    width,
     stride,
     ignore_index,
     vocab_start,
@@ -137,14 +144,20 @@ def statistics_kernel(
     Parts, each over rows: maximum, sum of exponentials, score of the label, the further sum.
     """
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row).to(tl.int64) if LABELS else row
-    if LABELS and LOSS and label == ignore_index:
-        tl.store(losses_ptr + row, 0.0)
-        tl.store(partition_ptr + row, 0.0)
+    label = row
+    if LABELS:
+        label = tl.load(labels_ptr + row).to(tl.int64)
+    if label == ignore_index:
+        if LOSS:
+            tl.store(losses_ptr + row, 0.0)
+            tl.store(partition_ptr + row, 0.0)
+        else:
+            for part in tl.static_range(4):
+                tl.store(parts_ptr + part * rows + row, 0.0)
     else:
         row_ptr = logits_ptr + row * stride
         maximum, partition, total = row_statistics(
-            row_ptr, V, logit_scale, softcap, SOFTCAP, TOTAL, MOMENT, BLOCK
+            row_ptr, V, width, logit_scale, softcap, SOFTCAP, TOTAL, MOMENT, BLOCK
         )
         if LOSS:
             log_partition = maximum + tl.log(partition)
@@ -178,6 +191,7 @@ def gradient_kernel(
     entropy_ptr,
     entropy_weights_ptr,
     V,
+    width,
     blocks,
     stride,
     gradient_stride,
@@ -205,13 +219,17 @@ def gradient_kernel(
     row = (program // blocks).to(tl.int64)
     offsets = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     out_ptr = gradient_ptr + row * gradient_stride + offsets
-    mask = offsets < V
-    label = tl.load(labels_ptr + row).to(tl.int64) if LABELS else row
-    if LABELS and label == ignore_index:
+    mask = offsets < width
+    label = row
+    if LABELS:
+        label = tl.load(labels_ptr + row).to(tl.int64)
+    if label == ignore_index:
         tl.store(out_ptr, tl.zeros((BLOCK,), dtype=tl.float32), mask=mask)
     else:
         partition = tl.load(partition_ptr + row)
-        scores = scores_at(logits_ptr + row * stride, offsets, V, logit_scale, softcap, SOFTCAP)
+        scores = scores_at(
+            logits_ptr + row * stride, offsets, V, width, logit_scale, softcap, SOFTCAP
+        )
         if LABELS:
             gradient = gradient_of(
                 scores,
@@ -247,6 +265,7 @@ def loss_and_gradient_kernel(
     weights_ptr,
     rows,
     V,
+    width,
     stride,
     ignore_index,
     label_share,
@@ -274,15 +293,18 @@ def loss_and_gradient_kernel(
             tl.store(losses_ptr + row, 0.0)
             for start in range(0, V, BLOCK):
                 offsets = start + columns
-                tl.store(row_ptr + offsets, tl.zeros((BLOCK,), dtype=tl.float32), mask=offsets < V)
+                tl.store(
+                    row_ptr + offsets, tl.zeros((BLOCK,), dtype=tl.float32), mask=offsets < width
+                )
         else:
-            maximum, partition, total = row_statistics(
-                row_ptr, V, logit_scale, softcap, SOFTCAP, TOTAL, False, BLOCK
-            )
-            log_partition = maximum + tl.log(partition)
+            # Read before the row's sums, whose barrier keeps it from being overwritten below.
             at_label = score_of_label(
                 row_ptr, label, V, 0, logit_scale, softcap, SOFTCAP, float("nan")
             )
+            maximum, partition, total = row_statistics(
+                row_ptr, V, width, logit_scale, softcap, SOFTCAP, TOTAL, False, BLOCK
+            )
+            log_partition = maximum + tl.log(partition)
             loss = log_partition - label_share * at_label + z_loss * log_partition * log_partition
             if TOTAL:
                 loss -= smooth_share * total
@@ -290,11 +312,9 @@ def loss_and_gradient_kernel(
             factor = logit_scale * gain
             if WEIGHTS:
                 factor *= tl.load(weights_ptr + row)
-            # The label's own logit is read above by every thread, and overwritten below.
-            tl.debug_barrier()
             for start in range(0, V, BLOCK):
                 offsets = start + columns
-                scores = scores_at(row_ptr, offsets, V, logit_scale, softcap, SOFTCAP)
+                scores = scores_at(row_ptr, offsets, V, width, logit_scale, softcap, SOFTCAP)
                 gradient = gradient_of(
                     scores,
                     offsets,
@@ -308,7 +328,7 @@ def loss_and_gradient_kernel(
                     softcap,
                     SOFTCAP,
                 )
-                tl.store(row_ptr + offsets, gradient * factor, mask=offsets < V)
+                tl.store(row_ptr + offsets, gradient * factor, mask=offsets < width)
 
 
 @triton.jit

@@ -23,6 +23,10 @@ def examples(normal: Callable[..., Tensor]) -> list[Example]:
         Example("by row", (normal(7, 65) * 3, labels(7, 65)), {"reduction": "none", **everything}),
         Example("two dimensions", (normal(2, 3, 33), labels(6, 33).view(2, 3))),
         Example("past a power of two", (normal(3, 1025), labels(3, 1025)), {"z_loss": 0.1}),
-        Example("all ignored", (normal(2, 16), labels(2, 16) * 0 - 100)),
-        Example("empty", (normal(0, 16), labels(0, 16))),
+        Example(
+            "all ignored",
+            (normal(2, 16), labels(2, 16) * 0 - 100),
+            {"reduction": "sum"},
+        ),
+        Example("empty", (normal(0, 16), labels(0, 16)), {"reduction": "sum"}),
     ]

@@ -103,5 +103,5 @@ class _SumOverShards(torch.autograd.Function):
         return reduce(x.clone(), "sum")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad, None

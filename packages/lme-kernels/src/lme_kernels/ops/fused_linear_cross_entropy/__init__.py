@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from lme_kernels.op import Backend, Op
-from lme_kernels.ops.cross_entropy.options import LossOptions
+from lme_kernels.ops.cross_entropy.options import LossOptions, VocabularyShard
 from lme_kernels.ops.fused_linear_cross_entropy import reference
+from lme_kernels.ops.fused_linear_cross_entropy.arguments import check_linear, sum_dtype
 
 FUSED_LINEAR_CROSS_ENTROPY = Op(
     name="fused_linear_cross_entropy",
     reference=reference.fused_linear_cross_entropy,
+    implementations={Backend.TRITON: "lme_kernels.ops.fused_linear_cross_entropy._triton"},
 )
 
 
@@ -24,13 +26,16 @@ def fused_linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "mean",
+    shard: VocabularyShard | None = None,
     grad_accum_dtype: torch.dtype | None = torch.float32,
     backend: Backend | str | None = None,
 ) -> Tensor:
     """Negative log-probability of each label under `x @ weight.T`, in nats.
 
     What a row costs is said in `cross_entropy`. The logits are made a few rows at a time, in the
-    dtype of `x`, and made again where a gradient needs them.
+    dtype of `x`. A scalar loss makes the gradients at once and keeps them; the first backward
+    hands them on, multiplied, and a further one (`retain_graph`) makes the logits again, as the
+    backward of losses by row does.
 
     Args:
         x: Last hidden states, shape (T, H).
@@ -42,12 +47,18 @@ def fused_linear_cross_entropy(
         softcap: Bound on the scaled logits' magnitude, above 0; `None` for no bound.
         logit_scale: Factor of the logits, before the bound.
         reduction: "none" for a loss a row, "sum", or "mean" over the rows that are not ignored.
+        shard: Which part of the classes `weight` holds, where they are divided among processes,
+            and how to combine with the others, called for each chunk of rows; `None` if it holds
+            all. Every process gets the whole loss and the gradient of its own `weight`; its
+            gradient of `x` is a share, to be summed over processes. Not under `torch.compile`.
         grad_accum_dtype: Dtype in which the gradient of `weight` is summed over rows; `None` for
             that of `weight`, which takes less memory and rounds more.
         backend: Implementation to run; `None` takes the fastest one proven for `x`'s device.
 
     Returns:
-        Shape (T,) for "none", else a scalar; at least float32. The mean over no rows is 0.
+        Shape (T,) for "none", else a scalar; at least float32. The mean over no rows is NaN and
+        its gradient 0, as in torch. Where a kernel runs, a label that is neither a class nor
+        ignored makes its loss NaN.
 
     Raises:
         ValueError: If the shapes or dtypes do not fit or an option is out of range.
@@ -56,19 +67,10 @@ def fused_linear_cross_entropy(
     Source: Wijmans et al. 2024 (arXiv:2411.09009) for the idea; the numbers are those of
     `torch.nn.functional.cross_entropy`.
     """
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"`x` and `weight` must have shapes (T, H) and (V, H), got {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
-    if x.dtype != weight.dtype:
-        raise ValueError(f"`weight` must have the dtype {x.dtype} of `x`, got {weight.dtype}")
-    if labels.shape != x.shape[:1]:
-        expected, got = tuple(x.shape[:1]), tuple(labels.shape)
-        raise ValueError(f"`labels` must have shape {expected} to match `x`, got {got}")
+    check_linear(x, weight, labels)
     options = LossOptions(
-        ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction, shard
     ).check()
-    accumulate = weight.dtype if grad_accum_dtype is None else grad_accum_dtype
+    accumulate = sum_dtype(weight, grad_accum_dtype)
     function = FUSED_LINEAR_CROSS_ENTROPY.choose(backend, x, weight, labels)
     return function(x, weight, labels, options, accumulate)

@@ -34,6 +34,10 @@ def examples(normal: Callable[..., Tensor]) -> list[Example]:
             (normal(9, 24), normal(33, 24), labels(9, 33)),
             {"grad_accum_dtype": None},
         ),
-        Example("all ignored", (normal(2, 16), normal(20, 16), labels(2, 20) * 0 - 100)),
-        Example("empty", (normal(0, 16), normal(20, 16), labels(0, 20))),
+        Example(
+            "all ignored",
+            (normal(2, 16), normal(20, 16), labels(2, 20) * 0 - 100),
+            {"reduction": "sum"},
+        ),
+        Example("empty", (normal(0, 16), normal(20, 16), labels(0, 20)), {"reduction": "sum"}),
     ]

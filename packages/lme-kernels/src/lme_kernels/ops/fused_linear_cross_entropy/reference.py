@@ -1,115 +1,105 @@
 """Linear layer and cross-entropy in plain torch, a chunk of rows at a time."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lme_kernels.ops.cross_entropy.options import LossOptions
-from lme_kernels.ops.cross_entropy.reference import bounded, reduced
+from lme_kernels.ops.cross_entropy.reference import bounded, combined, owned_labels, row_losses
+from lme_kernels.ops.fused_linear_cross_entropy.linear import (
+    Evaluated,
+    Task,
+    evaluate,
+    linear_loss,
+    scaled,
+)
 from lme_kernels.precision import compute_dtype
-
-# Logits of one chunk, in elements: 64 MiB in float32, 512 rows of a vocabulary of 32768.
-CHUNK_ELEMENTS = 1 << 24
 
 
 def fused_linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, options: LossOptions, accumulate: torch.dtype
 ) -> Tensor:
-    losses = _RowLosses.apply(x, weight, labels, options, accumulate)
-    return reduced(losses, labels != options.ignore_index, options.reduction)
+    return linear_loss(x, weight, labels, Task(_evaluate, scaled, options, accumulate))
 
 
-class _RowLosses(torch.autograd.Function):
-    """Losses by row, shape (T,); the backward makes the logits again."""
+def _evaluate(
+    x: Tensor,
+    weight: Tensor,
+    others: tuple[Tensor, ...],
+    options: LossOptions,
+    weights: Tensor | None,
+    needs_x: bool,
+    needs_weight: bool,
+    accumulate: torch.dtype,
+    gain: float,
+) -> Evaluated:
+    (labels,) = others
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        options: LossOptions,
-        accumulate: torch.dtype,
-    ) -> Tensor:
-        losses = torch.empty(x.shape[0], dtype=compute_dtype(x.dtype), device=x.device)
-        log_partition = torch.empty_like(losses)
-        for rows in _chunks(x.shape[0], weight.shape[0]):
-            scores = _scores(x[rows], weight, options)
-            valid = labels[rows] != options.ignore_index
-            partition = torch.logsumexp(scores, dim=-1)
-            at_label = scores.gather(-1, labels[rows].where(valid, 0).unsqueeze(-1)).squeeze(-1)
-            chunk = partition - (1.0 - options.label_smoothing) * at_label
-            if options.label_smoothing:
-                chunk = chunk - options.label_smoothing * scores.mean(dim=-1)
-            if options.z_loss:
-                chunk = chunk + options.z_loss * partition.square()
-            losses[rows] = chunk.where(valid, 0.0)
-            log_partition[rows] = partition
-        ctx.save_for_backward(x, weight, labels, log_partition)
-        ctx.options, ctx.accumulate = options, accumulate
-        return losses
+    def head(
+        logits: Tensor, rows: slice, row_weights: Tensor | None, factor: float, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return _rows(logits, labels[rows], options, row_weights, factor, wanted)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, labels, log_partition = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        grad_x = torch.empty_like(x) if needs_x else None
-        accumulate = torch.promote_types(ctx.accumulate, weight.dtype)
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=accumulate, device=weight.device)
-            if needs_weight
-            else None
-        )
-        valid = labels != ctx.options.ignore_index
-        grad_losses = grad_losses.where(valid, 0.0)
-        for rows in _chunks(x.shape[0], weight.shape[0]):
-            grad_logits = _grad_logits(
-                _scores(x[rows], weight, ctx.options),
-                labels[rows].where(valid[rows], 0),
-                log_partition[rows],
-                grad_losses[rows],
-                ctx.options,
-            ).to(x.dtype)
-            if grad_x is not None:
-                grad_x[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += _product(grad_logits.t(), x[rows], accumulate)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_weight, None, None, None
+    return evaluate(head, x, weight, weights, needs_x, needs_weight, accumulate, gain)
 
 
-def _chunks(T: int, V: int) -> list[slice]:
-    rows = max(1, CHUNK_ELEMENTS // max(V, 1))
-    return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
-
-
-def _scores(x: Tensor, weight: Tensor, options: LossOptions) -> Tensor:
-    return bounded((x @ weight.t()).to(compute_dtype(x.dtype)), options)
-
-
-def _grad_logits(
-    scores: Tensor, labels: Tensor, log_partition: Tensor, grad: Tensor, options: LossOptions
-) -> Tensor:
-    V = scores.shape[-1]
-    factor = 1.0 + 2.0 * options.z_loss * log_partition
-    grad_scores = torch.exp(scores - log_partition.unsqueeze(-1)) * factor.unsqueeze(-1)
-    if options.label_smoothing:
-        grad_scores -= options.label_smoothing / V
-    share = torch.full_like(log_partition, options.label_smoothing - 1.0).unsqueeze(-1)
-    grad_scores.scatter_add_(-1, labels.unsqueeze(-1), share)
+def _rows(
+    logits: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    weights: Tensor | None,
+    gain: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses of some rows, and the gradient of the logits if it is wanted."""
+    V = logits.shape[-1]
+    smoothing = options.label_smoothing
+    valid = labels != options.ignore_index
+    scores = bounded(logits.to(compute_dtype(logits.dtype)), options.logit_scale, options.softcap)
+    log_p, log_partition, local, owned, losses = _log_probabilities(scores, labels, valid, options)
+    losses = losses.where(valid, 0.0)
+    if not wanted:
+        return losses, None
+    factor = valid.to(scores.dtype) * (options.logit_scale * gain)
+    if weights is not None:
+        # An ignored row may come with any gradient, also one that is not finite.
+        factor = factor * weights.where(valid, 0.0)
+    grad = log_p.exp_()
+    if log_partition is not None:
+        grad.mul_((1.0 + 2.0 * options.z_loss * log_partition).unsqueeze(-1))
+    if smoothing:
+        grad.sub_(smoothing / options.classes(V))
+    share = (smoothing - 1.0) * owned.to(scores.dtype)
+    grad.scatter_add_(-1, local.unsqueeze(-1), share.unsqueeze(-1))
     if options.softcap is not None:
-        grad_scores *= 1.0 - (scores / options.softcap).square()
-    return grad_scores * (grad * options.logit_scale).unsqueeze(-1)
+        grad.mul_(1.0 - (scores / options.softcap).square())
+    return losses, grad.mul_(factor.unsqueeze(-1)).to(logits.dtype)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `a @ b` in `dtype`, rounded no earlier."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+def _log_probabilities(
+    scores: Tensor, labels: Tensor, valid: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Log-probabilities, log-partition if it is squared, labels here, which are here, losses."""
+    V, shard, smoothing = scores.shape[-1], options.shard, options.label_smoothing
+    if shard is None:
+        # An ignored row may hold any label: it reads class 0 and is masked.
+        local, owned = labels.where(valid, 0), valid
+        log_p = torch.log_softmax(scores, dim=-1)
+        at_label = log_p.gather(-1, local.unsqueeze(-1)).squeeze(-1)
+        losses = (smoothing - 1.0) * at_label
+        if smoothing:
+            losses = losses - smoothing * log_p.mean(dim=-1)
+        if not options.z_loss:
+            return log_p, None, local, owned, losses
+        log_partition = torch.logsumexp(scores, dim=-1)
+        losses = losses + options.z_loss * log_partition.square()
+        return log_p, log_partition, local, owned, losses
+    local, owned = owned_labels(labels, V, shard)
+    owned = owned & valid
+    at_label = scores.gather(-1, local.unsqueeze(-1)).squeeze(-1).where(owned, 0.0)
+    maximum = scores.amax(dim=-1)
+    partition = torch.exp(scores - maximum.unsqueeze(-1)).sum(dim=-1)
+    sums = [at_label, scores.sum(dim=-1)] if smoothing else [at_label]
+    log_partition, sums = combined(maximum, partition, sums, shard)
+    mean = sums[1] / shard.size if smoothing else None
+    losses = row_losses(log_partition, sums[0], mean, options)
+    return scores - log_partition.unsqueeze(-1), log_partition, local, owned, losses
