@@ -18,12 +18,12 @@ class DecoderCache:
     length: int = 0
     """Tokens seen, padding included."""
     valid: Tensor | None = None
-    """bool, (B, tokens): which are no padding, the coming ones included; `None` for all."""
+    """bool, (B, length): which are no padding; `None` for all."""
     positions: Tensor | None = None
     """int64, (B, 1): position of each row's next token; `None` where it is `length`."""
 
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give the coming tokens positions that continue those seen.
+        """Count the coming tokens as seen and give them positions that continue the others'.
 
         Args:
             batch: `input_ids` (B, S), and `valid` (B, S) where rows are padded on the left.
@@ -37,16 +37,19 @@ class DecoderCache:
             steps = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand(ids.shape)
         else:
             steps = valid.long().cumsum(-1)
-        if valid is not None and self.valid is None:
-            self.valid = valid.new_ones(ids.shape[0], self.length)
-        if self.valid is not None:
-            coming = valid if valid is not None else self.valid.new_ones(ids.shape)
-            self.valid = torch.cat((self.valid, coming), dim=1)
-        if self.positions is None and valid is None:
-            start: Tensor | int = self.length
-        else:
-            start = self.length if self.positions is None else self.positions
+        start = self.length if self.positions is None else self.positions
+        if valid is not None or self.valid is not None:
+            seen = ids.new_ones(ids.shape[0], self.length, dtype=torch.bool)
+            coming = ids.new_ones(ids.shape, dtype=torch.bool)
+            self.valid = torch.cat(
+                (
+                    seen if self.valid is None else self.valid,
+                    coming if valid is None else valid,
+                ),
+                dim=1,
+            )
             self.positions = start + steps[:, -1:]
+        self.length += ids.shape[1]
         return {**batch, "position_ids": (start + steps - 1).clamp_min(0)}
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:

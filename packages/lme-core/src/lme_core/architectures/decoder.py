@@ -139,8 +139,6 @@ class Decoder(nn.Module):
             batch = cache.place(batch)
         x = self.embed(batch)
         x = self.run_blocks(x, self.context(batch, cache), cache)
-        if cache is not None:
-            cache.length += x.shape[1]
         head = self.head(x, None if logits else batch["labels"])
         return DecoderOutputs(head.logits, head.nll_sum, {})
 
@@ -171,7 +169,14 @@ class Decoder(nn.Module):
                 `dropout_key`, `token_index`. Without a cache padding is on the right, where
                 causality hides it.
             cache: In generation.
+
+        Raises:
+            ValueError: If rows are padded on the left and there is no cache (seen on a CPU only:
+                elsewhere the check would wait for the device).
         """
+        valid = batch.get("valid")
+        if valid is not None and cache is None and _pads_left(valid):
+            raise ValueError("`valid` has rows padded on the left, which need a cache")
         dtype = torch.promote_types(self.parameter_dtype(), torch.float32)
         positions = batch.get("position_ids")
         rotary = None
@@ -184,8 +189,8 @@ class Decoder(nn.Module):
         return SequenceContext(
             rotary=rotary,
             cu_seqlens=batch.get("cu_seqlens"),
-            mask=None if cache is None else cache.mask(dtype),
-            valid=batch.get("valid"),
+            mask=None if cache is None else cache.mask(self.parameter_dtype()),
+            valid=valid,
             dropout_key=batch.get("dropout_key"),
             token_index=batch.get("token_index"),
         )
@@ -299,6 +304,11 @@ class Decoder(nn.Module):
                 f"({self.config.max_position_embeddings})"
             )
         return self.position_embedding.weight[:length]
+
+
+def _pads_left(valid: Tensor) -> bool:
+    """Say whether rows are seen to be padded on the left; only a CPU's are looked at."""
+    return valid.device.type == "cpu" and not bool(valid[:, 0].all())
 
 
 def parameter_traits(model: Decoder) -> dict[str, ParameterTraits]:

@@ -73,8 +73,8 @@ class DecoderConfig:
     """Whether the output layer is the embedding."""
     bos_token_id: int | None = None
     """Id of the beginning of a sequence; absent: the tokenizer's."""
-    eos_token_id: int | None = None
-    """Id of the end of a document; absent: the tokenizer's."""
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Id of the end of a document, or several; absent: the tokenizer's."""
     pad_token_id: int | None = None
     """Id of padding; absent: the tokenizer's."""
     router_aux_loss_coef: float | None = 0.001
@@ -134,9 +134,10 @@ class DecoderConfig:
         return None if dim is None else Rotary(dim, self.rope_theta, self.rope_scaling)
 
     def _check_token_ids(self) -> None:
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
         for name, value in (
             ("bos_token_id", self.bos_token_id),
-            ("eos_token_id", self.eos_token_id),
+            *(("eos_token_id", end) for end in ends),
             ("pad_token_id", self.pad_token_id),
         ):
             if value is not None and not 0 <= value < self.vocab_size:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lme_kernels.ops.swiglu_packed import SWIGLU_PACKED
 from lme_kernels.policy import KernelPolicy
 
 Function = Callable[[Tensor], Tensor]
+Layout = Literal["interleaved", "concatenated"]
 
 _RRELU_BOUNDS = (1 / 8, 1 / 3)
 
@@ -130,7 +132,7 @@ class Activation(nn.Module):
         base = base_of(name)
         self.gated = is_glu(name)
         self.weight = nn.Parameter(torch.empty(1)) if base == "prelu" else None
-        self.packed: Function | None = None
+        self.packed: Callable[..., Tensor] | None = None
         self.gated_function: Callable[[Tensor, Tensor], Tensor] | None = None
         if self.gated and base == "silu":
             self.packed = kernels.bind(SWIGLU_PACKED)
@@ -146,12 +148,12 @@ class Activation(nn.Module):
             return {}
         return {"weight": ParameterSpec(Constant(0.25), weight_decay=False)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout = "interleaved") -> Tensor:
         """Apply the function.
 
         Args:
-            x: Shape (..., width), or (..., 2 * width) with a gate: even channels are the gate and
-                odd ones what it multiplies.
+            x: Shape (..., width), or (..., 2 * width) with a gate.
+            layout: Which channels are the gate: the even ones, or the first half.
 
         Returns:
             Shape (..., width): f(x), or up * f(gate).
@@ -159,8 +161,11 @@ class Activation(nn.Module):
         if not self.gated:
             return self._base(x)
         if self.packed is not None:
-            return self.packed(x)
-        gate, up = x[..., 0::2], x[..., 1::2]
+            return self.packed(x, layout=layout)
+        if layout == "interleaved":
+            gate, up = x[..., 0::2], x[..., 1::2]
+        else:
+            gate, up = x.chunk(2, dim=-1)
         if self.gated_function is not None:
             return self.gated_function(gate, up)
         return up * self._base(gate)

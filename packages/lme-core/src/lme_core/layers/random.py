@@ -14,7 +14,7 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_BLOCK = 131072
+_PAIRS = 32768
 
 
 def key_of(seed: int, name: str) -> int:
@@ -28,27 +28,8 @@ def key_of(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def hash_(counter: Tensor) -> Tensor:
-    """Scramble 64-bit counters in place: the output function of splitmix64.
-
-    Args:
-        counter: int64, any shape; overwritten.
-
-    Returns:
-        `counter`, whose bits are now uniform.
-
-    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
-    """
-    scratch = counter.bitwise_right_shift(30).bitwise_and_((1 << 34) - 1)
-    counter.bitwise_xor_(scratch).mul_(_MIX_1)
-    torch.bitwise_right_shift(counter, 27, out=scratch).bitwise_and_((1 << 37) - 1)
-    counter.bitwise_xor_(scratch).mul_(_MIX_2)
-    torch.bitwise_right_shift(counter, 31, out=scratch).bitwise_and_((1 << 33) - 1)
-    return counter.bitwise_xor_(scratch)
-
-
 def mix(key: Tensor, index: Tensor | int) -> Tensor:
-    """Hash keys and indices to uniform int64 numbers, differentiable by nobody, traceable.
+    """Hash keys and indices to 64 uniform bits: splitmix64 seeded with `key`, draw `index` - 1.
 
     Args:
         key: int64, broadcastable with `index`.
@@ -56,8 +37,15 @@ def mix(key: Tensor, index: Tensor | int) -> Tensor:
 
     Returns:
         int64 of the broadcast shape.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
     """
-    value = key + index * _GOLDEN
+    if isinstance(index, int):
+        # Wrapped as tensors wrap: torch refuses constants beyond 64 bits.
+        index = (index * _GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)
+        value = key + index
+    else:
+        value = key + index * _GOLDEN
     value = (value ^ ((value >> 30) & ((1 << 34) - 1))) * _MIX_1
     value = (value ^ ((value >> 27) & ((1 << 37) - 1))) * _MIX_2
     return value ^ ((value >> 31) & ((1 << 33) - 1))
@@ -98,21 +86,24 @@ def normal(
     Source: Box and Muller 1958; elements 2i and 2i+1 share a pair of uniform numbers.
     """
     bounds = region_bounds(shape, region)
-    # Trailing dims that are whole make runs of consecutive elements.
-    run, outer = 1, len(shape)
-    while outer > 0 and (run == 1 or bounds[outer] == (0, shape[outer])):
+    sizes = [last - first for first, last in bounds]
+    # Trailing dims that are whole, and the one before them, make runs of consecutive elements.
+    outer = len(shape)
+    while outer > 0:
         outer -= 1
-        run *= bounds[outer][1] - bounds[outer][0]
         if bounds[outer] != (0, shape[outer]):
             break
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     starts = torch.zeros(1, dtype=torch.int64)
-    stride = math.prod(shape)
-    for dim, (first, last) in enumerate(bounds):
-        stride //= max(shape[dim], 1)
-        steps = torch.arange(first, last if dim < outer else first + 1, dtype=torch.int64)
-        starts = (starts[:, None] + steps * stride).flatten()
-    values = _runs(key, starts, run) if run else torch.empty(0)
-    return values.mul_(std).view([last - first for first, last in bounds])
+    for dim in range(outer):
+        steps = torch.arange(*bounds[dim], dtype=torch.int64) * strides[dim]
+        starts = (starts[:, None] + steps).flatten()
+    if shape:
+        starts += bounds[outer][0] * strides[outer]
+    out = torch.empty(len(starts), math.prod(sizes[outer:]))
+    if out.numel():
+        _fill_runs(out, key, starts, std)
+    return out.view(sizes)
 
 
 def region_bounds(shape: Sequence[int], region: Sequence[slice] | None) -> list[tuple[int, int]]:
@@ -130,43 +121,84 @@ def region_bounds(shape: Sequence[int], region: Sequence[slice] | None) -> list[
     return bounds
 
 
-def _runs(key: int, starts: Tensor, run: int) -> Tensor:
-    """Normal numbers of runs of `run` consecutive elements, shape (len(starts), run)."""
-    out = torch.empty(len(starts), run)
-    if len(starts) == 1:
-        # One long run: blocks that stay in the cache.
-        start = int(starts)
-        for first in range(0, run, _BLOCK):
-            size = min(_BLOCK, run - first)
-            out[0, first : first + size] = _short_runs(
-                key, starts.new_tensor([start + first]), size
-            )
-        return out
-    rows = max(1, _BLOCK // run)
-    for first in range(0, len(starts), rows):
-        part = starts[first : first + rows]
-        if run <= _BLOCK:
-            out[first : first + rows] = _short_runs(key, part, run)
+def _fill_runs(out: Tensor, key: int, starts: Tensor, std: float) -> None:
+    """Write into row i of `out` the normal numbers of flat indices from `starts[i]` on."""
+    block = _Block(key, std)
+    rows, run = out.shape
+    if run >= 2 * _PAIRS:
+        for row, start in zip(out, starts.tolist(), strict=True):
+            # An odd start leaves the first pair half used; from there on pairs are whole.
+            head = start % 2
+            if head:
+                block.fill(row[None, :1], torch.tensor([start]))
+            for first in range(head, run, 2 * _PAIRS):
+                part = row[None, first : first + 2 * _PAIRS]
+                block.fill(part, torch.tensor([start + first]))
+        return
+    step = max(1, _PAIRS // (run // 2 + 1))
+    for first in range(0, rows, step):
+        block.fill(out[first : first + step], starts[first : first + step])
+
+
+class _Block:
+    """Room for the intermediate results of `_PAIRS` pairs, so that they stay in the cache."""
+
+    def __init__(self, key: int, std: float) -> None:
+        self.key = key
+        # The radius of a pair is sqrt(-2 ln u), times the standard deviation.
+        self.factor = -2.0 * std * std
+        self.steps = torch.arange(_PAIRS + 1, dtype=torch.int64) * _GOLDEN
+        self.bits, self.scratch = torch.empty(2, _PAIRS + 1, dtype=torch.int64)
+        self.radius, self.angle, self.wave = torch.empty(3, _PAIRS + 1)
+        self.both = torch.empty(2 * _PAIRS + 2)
+
+    def fill(self, out: Tensor, starts: Tensor) -> None:
+        """Write rows of consecutive numbers.
+
+        Args:
+            out: Shape (rows, run) with rows * (run // 2 + 1) at most `_PAIRS` + 1.
+            starts: Flat index of each row's first number, shape (rows,).
+        """
+        rows, run = out.shape
+        odd = starts % 2
+        num_odd = int(odd.sum())
+        exact = num_odd == 0 and run % 2 == 0
+        pairs = run // 2 if exact else run // 2 + 1
+        shape = (rows, pairs)
+        bits = self.bits[: rows * pairs].view(shape)
+        torch.add(((starts // 2) * _GOLDEN + self.key)[:, None], self.steps[:pairs], out=bits)
+        self._scramble(bits, self.scratch[: rows * pairs].view(shape))
+        target = out if exact else self.both[: 2 * rows * pairs].view(rows, 2 * pairs)
+        self._box_muller(bits, target.unflatten(1, (pairs, 2)))
+        if exact:
+            return
+        if num_odd == 0:
+            out.copy_(target[:, :run])
+        elif num_odd == rows:
+            out.copy_(target[:, 1 : run + 1])
         else:
-            out[first] = _runs(key, part, run)[0]
-    return out
+            torch.where(odd.bool()[:, None], target[:, 1 : run + 1], target[:, :run], out=out)
 
+    def _scramble(self, bits: Tensor, scratch: Tensor) -> None:
+        """Apply the output function of splitmix64 in place, as `mix` does."""
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
+            torch.bitwise_right_shift(bits, shift, out=scratch)
+            scratch.bitwise_and_((1 << (64 - shift)) - 1)
+            bits.bitwise_xor_(scratch)
+            if factor is not None:
+                bits.mul_(factor)
 
-def _short_runs(key: int, starts: Tensor, run: int) -> Tensor:
-    first_pair = starts >> 1
-    odd = (starts & 1).bool()
-    pairs = torch.arange(run // 2 + 1, dtype=torch.int64)
-    bits = hash_((first_pair[:, None] + pairs).mul_(_GOLDEN).add_(key))
-    # The high half gives the radius and the low half the angle; both are exact in float32.
-    radius = (bits >> 40).bitwise_and_(0xFFFFFF).to(torch.float32)
-    radius = radius.add_(0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
-    angle = bits.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24 * 2.0 * math.pi)
-    both = torch.empty(*angle.shape, 2)
-    torch.mul(angle.cos(), radius, out=both[..., 0])
-    torch.mul(angle.sin_(), radius, out=both[..., 1])
-    flat = both.flatten(1)
-    if not odd.any():
-        return flat[:, :run]
-    if odd.all():
-        return flat[:, 1 : run + 1]
-    return torch.where(odd[:, None], flat[:, 1 : run + 1], flat[:, :run])
+    def _box_muller(self, bits: Tensor, out: Tensor) -> None:
+        """Turn (rows, pairs) words, which are overwritten, into (rows, pairs, 2) numbers."""
+        count, shape = bits.numel(), bits.shape
+        radius, angle, wave = (
+            each[:count].view(shape) for each in (self.radius, self.angle, self.wave)
+        )
+        scratch = self.scratch[:count].view(shape)
+        # 24 high bits for the radius and 24 low ones for the angle: exact in float32.
+        torch.bitwise_right_shift(bits, 40, out=scratch)
+        radius.copy_(scratch.bitwise_and_(0xFFFFFF)).add_(0.5).mul_(2.0**-24)
+        radius.log_().mul_(self.factor).sqrt_()
+        angle.copy_(bits.bitwise_and_(0xFFFFFF)).mul_(2.0**-24 * 2.0 * math.pi)
+        torch.mul(torch.cos(angle, out=wave), radius, out=out[..., 0])
+        torch.mul(torch.sin(angle, out=wave), radius, out=out[..., 1])

@@ -9,6 +9,8 @@ import torch
 from pydantic import BeforeValidator, Discriminator, Tag
 from torch import Tensor
 
+from lme_core.layers.unions import tag_of
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScaling:
@@ -133,8 +135,8 @@ class Llama3Scaling:
         return 1.0
 
 
-def _kind(value: Any) -> str:
-    return value["rope_type"] if isinstance(value, Mapping) else value.rope_type
+def _kind(value: Any) -> str | None:
+    return tag_of(value, "rope_type", default="yarn")
 
 
 def _spell(value: Any) -> Any:

@@ -10,7 +10,7 @@ from lme_core.layers.activation import Activation, check_activation, is_glu
 from lme_core.layers.context import SequenceContext
 from lme_core.layers.dropout import check_probability, dropout
 from lme_core.layers.initialization import linear_std
-from lme_core.layers.linear import Linear
+from lme_core.layers.linear import GatedLinear, Linear
 from lme_core.layers.settings import ModelSettings
 from lme_core.mlps.base import MLP
 from lme_kernels.policy import KernelPolicy
@@ -99,7 +99,7 @@ class GatedMLP(MLP):
         super().__init__()
         H, width = settings.hidden_size, config.width(settings.hidden_size)
         self.config = config
-        self.gate_up = Linear(
+        self.gate_up = GatedLinear(
             H, 2 * width, bias=config.add_bias, std=linear_std(settings, H), mup=True
         )
         self.down = _down(config, settings, width)
@@ -107,7 +107,8 @@ class GatedMLP(MLP):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """Transform each token; see `MLP`."""
-        return _drop(self.down(self.activation(self.gate_up(x))), self.config, context)
+        y = self.activation(self.gate_up(x), self.gate_up.layout(x))
+        return _drop(self.down(y), self.config, context)
 
 
 def _down(config: DenseMLPConfig, settings: ModelSettings, width: int) -> Linear:
