@@ -26,14 +26,16 @@ from lme_core.training.optimizer_class_args import (
 class BaseOptimizerArgs:
     """What every kind of `optimizer_args` has besides its class and arguments."""
 
-    # Descriptions are annotations here: a docstring under a field is not read in subclasses.
+    # Twice, as the schema of a subclass reads only annotations of the fields it inherits.
     params_group_method: Annotated[
         Literal["mup"] | None,
         Field(description="mup: matrices marked by the model learn at `lr` divided by `m_width`."),
     ] = None
+    """mup: matrices marked by the model learn at `lr` divided by `m_width`."""
     use_optimizer_with_backward_hook: Annotated[
         bool, Field(description="Only false is accepted.")
     ] = False
+    """Only false is accepted."""
 
     def __post_init__(self) -> None:
         if self.use_optimizer_with_backward_hook:

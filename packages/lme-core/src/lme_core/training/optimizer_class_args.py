@@ -27,16 +27,20 @@ def _check_fractions(name: str, values: tuple[float, ...]) -> None:
 class ClassArgs:
     """What all of them take."""
 
-    # Descriptions are annotations here: a docstring under a field is not read in subclasses.
+    # Twice, as the schema of a subclass reads only annotations of the fields it inherits.
     lr: Annotated[float, Field(description="Learning rate, before the schedule's factor.")] = 1e-3
+    """Learning rate, before the schedule's factor."""
     weight_decay: Annotated[
         float, Field(description="Coefficient of the decay of weights (not of biases and norms).")
     ] = 0.0
+    """Coefficient of the decay of weights (not of biases and norms)."""
     maximize: Annotated[bool, Field(description="Go up the gradient instead of down.")] = False
+    """Go up the gradient instead of down."""
     foreach: Annotated[
         bool | None,
         Field(description="Update many tensors a call; null: torch's choice if not fused."),
     ] = None
+    """Update many tensors a call; null: torch's choice if not fused."""
 
     def __post_init__(self) -> None:
         _check_at_least(0, lr=self.lr, weight_decay=self.weight_decay)
@@ -89,13 +93,17 @@ class AdamClassArgs(ClassArgs):
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running mean and of the running square."""
     eps: Annotated[float, Field(description="Added to the denominator.")] = 1e-8
+    """Added to the denominator."""
     amsgrad: Annotated[bool, Field(description="Divide by the largest running square so far.")] = (
         False
     )
+    """Divide by the largest running square so far."""
     capturable: Annotated[bool, Field(description="Safe to capture in a CUDA graph.")] = False
+    """Safe to capture in a CUDA graph."""
     fused: Annotated[
         bool | None, Field(description="One kernel for the update; null: where it exists.")
     ] = None
+    """One kernel for the update; null: where it exists."""
 
     def __post_init__(self) -> None:
         ClassArgs.__post_init__(self)
