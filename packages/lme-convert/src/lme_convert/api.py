@@ -25,6 +25,7 @@ from lme_convert.families import FAMILIES
 from lme_convert.family import Family
 from lme_convert.files import read_json_object, write_json
 from lme_convert.hub import resolve
+from lme_convert.layout import with_defaults
 from lme_convert.plan import Step, check_export, check_import, make_steps, read_ours, read_theirs
 from lme_convert.rules import Rename
 from lme_convert.settings import Settings
@@ -270,7 +271,9 @@ def _origin(directory: ModelDirectory) -> str | None:
 
 
 def _export_config(family: Family, directory: ModelDirectory) -> dict[str, Any]:
-    translated = family.export_config(Settings(directory.config, str(directory.path)))
+    translated = family.export_config(
+        Settings(with_defaults(directory.config), str(directory.path))
+    )
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,

@@ -5,6 +5,7 @@ against it before a tensor is read.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from lme_convert.errors import ConversionError, UnsupportedModelError
@@ -12,6 +13,30 @@ from lme_convert.errors import ConversionError, UnsupportedModelError
 Config = Mapping[str, Any]
 """Contents of a `config.json`: JSON values, checked where they are used."""
 
+
+_DEFAULTS: Config = MappingProxyType(
+    {
+        "normalization_function": "rmsnorm",
+        "position_embedding_type": "rope",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+        "sequence_mixer_blocks": None,
+        "mlp_blocks": None,
+    }
+)
+# Of the kinds that an absent kind means.
+_BLOCK_DEFAULTS: Mapping[str, Config] = MappingProxyType(
+    {
+        "softmax_attention": {"num_attention_heads": 12, "num_key_value_heads": 1},
+        "MLP": {"activation_function": "gelu_pytorch_tanh"},
+    }
+)
+_KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "sequence_mixer_blocks": ("sequence_mixer_type", "softmax_attention"),
+        "mlp_blocks": ("mlp_type", "MLP"),
+    }
+)
 
 _MAX_SIZE = 2**31 - 1
 # Above any model; a stranger's config must not decide how long a list is made.
@@ -23,15 +48,9 @@ def is_gated(activation_function: str) -> bool:
     return activation_function.endswith("glu")
 
 
-def get(config: Config, name: str) -> Any:  # a JSON value
-    """Value of a field that must be there.
-
-    Raises:
-        ConversionError: If it is missing.
-    """
-    if name not in config:
-        raise ConversionError(f"`{name}` is missing in the config of the model directory")
-    return config[name]
+def with_defaults(config: Config) -> dict[str, Any]:
+    """Fill in the fields that a `config.json` written by hand may leave out."""
+    return {**_DEFAULTS, **config}
 
 
 def integer(config: Config, name: str, default: int | None = None) -> int:
@@ -51,19 +70,27 @@ def integer(config: Config, name: str, default: int | None = None) -> int:
 
 
 def blocks(config: Config, name: str) -> list[dict[str, Any]]:
-    """One entry a layer of `sequence_mixer_blocks` or `mlp_blocks`; one entry stands for all.
+    """One entry a layer of `sequence_mixer_blocks` or `mlp_blocks`, usual fields filled in.
+
+    One entry stands for all layers; null for one of the usual kind.
 
     Raises:
         ConversionError: If there are neither 1 nor `num_layers` entries.
     """
-    entries, num_layers = get(config, name), integer(config, "num_layers")
+    num_layers, (key, usual) = integer(config, "num_layers"), _KINDS[name]
+    entries = config.get(name)
+    entries = [{}] if entries is None else entries
     if num_layers > _MAX_LAYERS:
         raise ConversionError(f"`num_layers` is {num_layers}; at most {_MAX_LAYERS} are converted")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConversionError(f"`{name}` must be a list of mappings")
     if len(entries) not in (1, num_layers):
         raise ConversionError(f"`{name}` must have 1 or `num_layers` = {num_layers} entries")
-    return [dict(entry) for entry in (entries * num_layers if len(entries) == 1 else entries)]
+    full = []
+    for entry in entries * num_layers if len(entries) == 1 else entries:
+        kind = str(entry.get(key, usual))
+        full.append({key: kind, **_BLOCK_DEFAULTS.get(kind, {}), **entry})
+    return full
 
 
 def layer_sizes(config: Config) -> list[dict[str, int]]:
@@ -104,13 +131,14 @@ def expected_parameters(config: Config) -> dict[str, tuple[int, ...]]:
         UnsupportedModelError: For an architecture, mixer or MLP that no family can express yet.
         ConversionError: If a field is missing.
     """
-    if get(config, "model_type") != "gpt_base":
+    config = with_defaults(config)
+    if config.get("model_type") != "gpt_base":
         raise UnsupportedModelError(
-            f"`model_type` {config['model_type']} cannot be converted; only gpt_base can"
+            f"`model_type` {config.get('model_type')!r} cannot be converted; only gpt_base can"
         )
     vocab_size, hidden_size = integer(config, "vocab_size"), integer(config, "hidden_size")
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, hidden_size)}
-    if get(config, "position_embedding_type") == "learned_absolute":
+    if config["position_embedding_type"] == "learned_absolute":
         shapes["position_embedding.weight"] = (
             integer(config, "max_position_embeddings"),
             hidden_size,
@@ -123,14 +151,14 @@ def expected_parameters(config: Config) -> dict[str, tuple[int, ...]]:
         shapes |= _norm(config, f"{prefix}.mlp_norm", hidden_size)
         shapes |= _mlp(config, mlp, f"{prefix}.mlp")
     shapes |= _norm(config, "final_norm", hidden_size)
-    if not get(config, "tie_word_embeddings"):
+    if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab_size, hidden_size)
     return shapes
 
 
 def _norm(config: Config, name: str, size: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,)}
-    if get(config, "normalization_function") == "layernorm":
+    if config["normalization_function"] == "layernorm":
         shapes[f"{name}.bias"] = (size,)
     return shapes
 
@@ -143,7 +171,7 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[i
 
 
 def _attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
-    kind = mixer.get("sequence_mixer_type", "softmax_attention")
+    kind = mixer["sequence_mixer_type"]
     if kind != "softmax_attention":
         raise UnsupportedModelError(f"`sequence_mixer_type` {kind} cannot be converted yet")
     hidden_size, channels = integer(config, "hidden_size"), head_dim(config, mixer)
@@ -160,10 +188,10 @@ def _attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int,
 
 
 def _mlp(config: Config, mlp: Config, name: str) -> dict[str, tuple[int, ...]]:
-    kind = mlp.get("mlp_type", "MLP")
+    kind = mlp["mlp_type"]
     if kind != "MLP":
         raise UnsupportedModelError(f"`mlp_type` {kind} cannot be converted yet")
-    activation_function = str(get(mlp, "activation_function"))
+    activation_function = str(mlp.get("activation_function"))
     if activation_function in ("prelu", "prelu_glu", "preglu"):
         raise UnsupportedModelError(
             f"`activation_function` {activation_function} has a weight, which no family has"

@@ -88,6 +88,7 @@ _OUR_IDLE = (
     "p_norm_order",
     "rope_channels",
     "router_aux_loss_coef",
+    "use_cache",
     "use_depth_scaled_init",
 )
 
