@@ -25,7 +25,11 @@ _PRELOADED = (
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
-    "torch.testing",
+    "lme_parallel.checkpoint.checkpointer",
+    "lme_parallel.parallelize",
+    # What test files import themselves.
+    "hypothesis",
+    "pytest",
 )
 _JOIN_SECONDS = 30.0
 

@@ -28,6 +28,10 @@ _IN_FLIGHT_BYTES = 8 * MAX_CHUNK_BYTES
 # Large chunks are flushed while others are being written; small ones are cheaper in one batch.
 _SYNC_EACH_BYTES = 2**20
 
+_WRITING = "default"
+# Saves a copy: checksums and values are taken straight from the page cache.
+_READING = "memmap"
+
 _DATA_TYPES = {
     "bool": torch.bool,
     "uint8": torch.uint8,
@@ -192,7 +196,7 @@ def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> list
             write_bytes(root / metadata, encode(each.layout.metadata(), metadata))
             files.append(metadata)
             point(f"open {each.path}")
-            store = _open(root / each.path, each.layout)
+            store = _open(root / each.path, each.layout, _WRITING)
             for key, region in each.layout.pieces():
                 point(f"write {each.path}/{key}")
                 values = _as_numpy(each.tensor[region].detach().cpu())
@@ -241,7 +245,7 @@ def read_arrays(
 def _start_reading(
     window: "_Window", path: Path, layout: ArrayLayout, region: Region | None, values: Tensor
 ) -> None:
-    store = _open(path, layout)
+    store = _open(path, layout, _READING)
     for key, held in layout.pieces():
         inside = held if region is None else _overlap(held, region)
         if inside is None:
@@ -289,7 +293,7 @@ class _Window:
             raise CheckpointError(f"{name}: {error}") from error
 
 
-def _open(path: Path, layout: ArrayLayout) -> Any:  # tensorstore ships no types
+def _open(path: Path, layout: ArrayLayout, mode: str) -> Any:  # tensorstore ships no types
     """Open an array by what we know of it, reading no metadata."""
     spec = {
         "driver": "zarr3",
@@ -297,6 +301,7 @@ def _open(path: Path, layout: ArrayLayout) -> Any:  # tensorstore ships no types
             "driver": "file",
             "path": f"{path.resolve()}/",
             "file_io_sync": layout.chunk_bytes >= _SYNC_EACH_BYTES,
+            "file_io_mode": {"mode": mode},
         },
         "metadata": {key: value for key, value in layout.metadata().items() if key != "attributes"},
         # A chunk of zeros that is not written could not be told from one that was lost.
