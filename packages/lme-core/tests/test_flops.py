@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lme_core.config import from_dict
+from lme_core.flops import count_parameters, device_peak_flops, flops_per_token
+from lme_kernels.policy import KernelArgs, KernelPolicy
+
+BASE = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2}
+CASES = {
+    "grouped, gated": (
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {"activation_function": "swiglu", "intermediate_size": 48},
+        {},
+    ),
+    "multi-query, not gated, tied": (
+        {"num_attention_heads": 4, "num_key_value_heads": 1},
+        {"activation_function": "gelu", "intermediate_size": 40},
+        {"tie_word_embeddings": True},
+    ),
+    "wide heads, gate, biases": (
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "attention_gate": True,
+            "add_bias": True,
+        },
+        {"activation_function": "geglu", "add_bias": True},
+        {"position_embedding_type": "learned_absolute", "normalization_function": "layernorm"},
+    ),
+}
+
+
+def measured(config, S):
+    """Training FLOPs of one token by torch's counter: of attention, and of the rest."""
+    # Explicit attention, whose products the counter sees one by one, over all pairs of tokens.
+    model = config.build(KernelPolicy.from_args(KernelArgs(kernels=[])))
+    # Without the loss, whose products the counter could not see in an op of our own.
+    ids = torch.zeros(1, S, dtype=torch.int64)
+    x = model.embed({"input_ids": ids})
+    with FlopCounterMode(display=False) as counter:
+        model.head(model.run_blocks(x, model.context({"input_ids": ids}))).logits.sum().backward()
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(flops for op, flops in counts.items() if "bmm" in op)
+    return attention / S, (sum(counts.values()) - attention) / S
+
+
+@pytest.mark.parametrize(("mixer", "mlp", "fields"), CASES.values(), ids=CASES)
+def test_linear_layers_count_as_measured_and_causal_attention_at_half(mixer, mlp, fields):
+    settings = BASE | {"sequence_mixer_blocks": [mixer], "mlp_blocks": [mlp]} | fields
+    config = from_dict(settings)
+    S = 64
+    attention, linear = measured(config, S)
+    # Causality leaves (S + 1) / 2 of S keys: half and one diagonal.
+    assert flops_per_token(config, S) == pytest.approx(linear + attention * (S + 1) / (2 * S))
+
+
+def test_a_window_counts_what_it_shows():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    configs = [
+        from_dict(BASE | {"sequence_mixer_blocks": [heads | {"sliding_window": window}]})
+        for window in (1, 5, 64, 1000, None)
+    ]
+    S = 64
+    seen = [sum(min(i + 1, window) for i in range(S)) / S for window in (1, 5, 64, 64, 64)]
+    flops = [flops_per_token(config, S) for config in configs]
+    # Two products of 8 channels in 4 heads of 2 layers, three times for training.
+    expected = [flops[0] + 3 * 2 * 4 * 4 * 8 * (each - seen[0]) for each in seen]
+    assert flops == pytest.approx(expected)
+
+
+def test_parameters_are_those_of_the_model():
+    mlp = {"activation_function": "swiglu", "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    untied = BASE | {"sequence_mixer_blocks": [heads], "mlp_blocks": [mlp]}
+    layer = 32 + 64 * 32 + 32 * 32 + 32 + 96 * 32 + 32 * 48
+    count = count_parameters(from_dict(untied))
+    assert count.total == 2 * layer + 32 + 2 * 64 * 32
+    assert count.active == count.total
+    assert count.embedding == 2 * 64 * 32
+    tied = count_parameters(from_dict(untied | {"tie_word_embeddings": True}))
+    assert tied.total == count.total - 64 * 32
+    assert tied.embedding == 64 * 32
+    learned = untied | {"position_embedding_type": "learned_absolute"}
+    assert count_parameters(from_dict(learned)).embedding == 2 * 64 * 32 + 2048 * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756.0),
+        ("NVIDIA H200", torch.float16, 989.4),
+        ("NVIDIA GH200 480GB", torch.bfloat16, 989.4),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312.0),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, 19.5),
+        ("NVIDIA A10G", torch.bfloat16, 70.0),
+        ("NVIDIA A10", torch.bfloat16, 125.0),
+        ("NVIDIA L40S", torch.bfloat16, 362.0),
+        ("NVIDIA L4", torch.bfloat16, 121.0),
+        ("AMD Instinct MI300X", torch.bfloat16, 1307.4),
+        ("Tesla V100-SXM2-16GB", torch.float16, 125.0),
+        ("Tesla V100-SXM2-16GB", torch.bfloat16, None),
+        ("NVIDIA H100 80GB HBM3", torch.float64, None),
+        ("AMD EPYC 7763", torch.bfloat16, None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(name, dtype, tera):
+    peak = device_peak_flops(name, dtype)
+    assert peak == (None if tera is None else pytest.approx(tera * 1e12))
