@@ -13,9 +13,22 @@ SERVED_DEVICES: dict[str, frozenset[str]] = {
     "cuda": frozenset({"cuda"}),
     "pallas": frozenset(),
     "nki": frozenset(),
+    "flex": frozenset({"cuda"}),
+    "cudnn": frozenset({"cuda"}),
+    "flash": frozenset({"cuda"}),
+    "efficient": frozenset({"cuda"}),
+    "flash_attention_2": frozenset({"cuda"}),
+    "flash_attention_3": frozenset({"cuda"}),
+    "flash_attention_4": frozenset({"cuda"}),
 }
 
-NEEDED_PACKAGES: dict[str, str] = {"triton": "triton", "pallas": "jax", "nki": "neuronxcc"}
+NEEDED_PACKAGES: dict[str, str] = {
+    "triton": "triton",
+    "pallas": "jax",
+    "nki": "neuronxcc",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn",
+}
 
 TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 

@@ -44,6 +44,9 @@ class Loaded:
     """Takes the tensors of a call and says why it cannot serve them; `None` if it serves all."""
     automatic: bool
     """Whether automatic choice may take it."""
+    suits: Callable[..., bool] | None
+    """Takes the tensors of a call and says whether automatic choice takes it for them; `None` if
+    it does whenever it can serve."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +63,9 @@ class Op:
     """The definition in plain torch; serves every device."""
     implementations: Mapping[str, str] = field(default_factory=dict)
     """Module of each backend, fastest first; it defines a function called `name`, and may define
-    `why_not(*tensors) -> str | None`, which says why a call's tensors cannot be served (it takes
-    `options` by keyword too if the public function passes them to `choose`)."""
+    `why_not(*tensors) -> str | None`, which says why a call's tensors cannot be served, and
+    `suits(*tensors) -> bool`, which says whether it is the fastest for them. Both take `options` by
+    keyword too if the public function passes them to `choose`."""
     manual: frozenset[str] = frozenset()
     """Backends that run only when named: not yet proven, or slower than those after them."""
     traced: bool = False
@@ -158,7 +162,9 @@ class Op:
         # Triton on a CPU means its interpreter, which is for tests.
         interpreted = backend == "triton" and device_type == "cpu"
         automatic = backend not in self.manual and not interpreted
-        return Loaded(str(backend), names[self.name], names.get("why_not"), automatic)
+        return Loaded(
+            str(backend), names[self.name], names.get("why_not"), automatic, names.get("suits")
+        )
 
     def _choose(
         self,
@@ -171,7 +177,10 @@ class Op:
         if backend == "torch" or (backend is None and compiling and self.traced):
             return None
         for loaded in self._tables.get(device_type, ()):
-            wanted = loaded.automatic if backend is None else loaded.backend == backend
+            if backend is None:
+                wanted = loaded.automatic and _suits(loaded, tensors, options)
+            else:
+                wanted = loaded.backend == backend
             if wanted and _why_not(loaded, tensors, options) is None:
                 return loaded
         if backend is None:
@@ -189,3 +198,11 @@ def _why_not(loaded: Loaded, tensors: tuple[Tensor | None, ...], options: object
     if options is None:
         return loaded.why_not(*tensors)
     return loaded.why_not(*tensors, options=options)
+
+
+def _suits(loaded: Loaded, tensors: tuple[Tensor | None, ...], options: object) -> bool:
+    if loaded.suits is None:
+        return True
+    if options is None:
+        return loaded.suits(*tensors)
+    return loaded.suits(*tensors, options=options)

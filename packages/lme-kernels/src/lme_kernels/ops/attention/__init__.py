@@ -11,7 +11,24 @@ ATTENTION = Op(
     reference=reference.attention,
     implementations={
         "sdpa": "lme_kernels.ops.attention._sdpa",
+        "flex": "lme_kernels.ops.attention._flex",
+        "cudnn": "lme_kernels.ops.attention._cudnn",
+        "flash": "lme_kernels.ops.attention._flash",
+        "efficient": "lme_kernels.ops.attention._efficient",
+        "flash_attention_2": "lme_kernels.ops.attention._flash_attention_2",
+        "flash_attention_3": "lme_kernels.ops.attention._flash_attention_3",
+        "flash_attention_4": "lme_kernels.ops.attention._flash_attention_4",
     },
+    manual=frozenset(
+        {
+            "cudnn",
+            "flash",
+            "efficient",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+        }
+    ),
 )
 
 
@@ -43,8 +60,8 @@ def attention(
         softcap: Bound on the scaled products' magnitude, `softcap * tanh(score / softcap)`, above
             0; `None` for no bound.
         cu_seqlens: Starts of the documents in the batch's B * S tokens taken in order, and B * S
-            at the end, shape (documents + 1,), integer; tokens see their own document only. Needs
-            T = S.
+            at the end, shape (documents + 1,), integer; tokens see their own document only. No
+            document goes on in the next row. Needs T = S.
         mask: Added to the scores, shape (B, 1 or N, S, T); -inf hides a key.
         sinks: A score for each head that takes its share of the softmax and has no value, shape
             (N,).
