@@ -48,7 +48,7 @@ class Check:
     """One rule between sections."""
 
     sections: Sequence[str]
-    """Sections that must be there for the rule to apply; those with defaults need no mention."""
+    """Sections it speaks about; in a fragment the rule applies if all of them are written."""
     find: Find
 
 
@@ -57,7 +57,7 @@ def find_all(run: RunConfig, present: Sequence[str], world_size: int | None) -> 
 
     Args:
         run: The sections; for a fragment those missing are not touched.
-        present: Names of the sections that are there.
+        present: Names of the sections that rules may speak about.
         world_size: Number of processes; `None` where it is not known, which leaves out the rules
             that depend on it.
     """
@@ -189,11 +189,11 @@ def _tensor_parallel(run: RunConfig) -> Iterator[Finding]:
     config, size = run.model_args.pretrained_config, run.distributed_args.tensor_parallel_world_size
     if config is None or size == 1:
         return
-    path = ("distributed_args", "tensor_parallel_world_size")
-    for name, number in _divisible(config):
-        if number % size:
-            message = f"is {size}, which does not divide `{name}` ({number})"
-            yield Finding(path, message, f"use a divisor of {number}")
+    bad = [f"`{name}` ({number})" for name, number in _divisible(config) if number % size]
+    if bad:
+        path = ("distributed_args", "tensor_parallel_world_size")
+        message = f"is {size}, which does not divide {', '.join(bad)}"
+        yield Finding(path, message, "use a number that divides them")
 
 
 def _divisible(config: ModelConfig) -> Iterator[tuple[str, int]]:
@@ -278,18 +278,18 @@ def _sequence_length(dataset: DatasetArgs) -> int | None:
 
 
 CHECKS: Sequence[Check] = (
-    Check(("tuning_args",), _teacher),
+    Check(("tuning_args", "teacher_args"), _teacher),
     Check(("datasets",), _datasets),
     Check(("datasets", "tuning_args"), _dataset_kinds),
     Check(("datasets", "model_args"), _lengths),
     Check(("datasets", "model_args"), _token_ids),
-    Check(("datasets", "model_args", "tuning_args"), _tokenizer),
-    Check(("model_args",), _tensor_parallel),
-    Check(("model_args",), _pipeline),
-    Check(("training_parameters",), _pipeline_evaluation),
-    Check(("datasets",), _split_sequences),
+    Check(("datasets", "model_args", "tuning_args", "tokenizer_args"), _tokenizer),
+    Check(("model_args", "distributed_args"), _tensor_parallel),
+    Check(("model_args", "distributed_args"), _pipeline),
+    Check(("training_parameters", "distributed_args"), _pipeline_evaluation),
+    Check(("datasets", "distributed_args"), _split_sequences),
     Check(("training_parameters",), _batch),
-    Check(("training_parameters",), _schedule),
+    Check(("training_parameters", "lr_scheduler_args"), _schedule),
     Check(("training_parameters", "save_args"), _intervals),
 )
 """Every rule, in the order in which findings are shown."""

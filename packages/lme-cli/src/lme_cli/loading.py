@@ -73,7 +73,7 @@ def check_fragment(run_file: RunFile) -> Loaded:
         warnings.simplefilter("always")
         run = validate(_fragment_class(missing), modern)
     notes += _as_problems(caught)
-    present = [name for name in RunConfig.model_fields if name not in missing]
+    present = [name for name in RunConfig.model_fields if name in modern.values]
     # It has the fields of a RunConfig, except that those missing are null.
     return _cross_check(cast(RunConfig, run), modern, notes, present, missing, None)
 
