@@ -12,6 +12,12 @@ from lme_kernels.ops.fused_linear_cross_entropy import (
     FUSED_LINEAR_CROSS_ENTROPY,
     fused_linear_cross_entropy,
 )
+from lme_kernels.ops.fused_linear_kl_div import FUSED_LINEAR_KL_DIV, fused_linear_kl_div
+from lme_kernels.ops.fused_linear_logprob import FUSED_LINEAR_LOGPROB, fused_linear_logprob
+from lme_kernels.ops.fused_linear_topk_kl_div import (
+    FUSED_LINEAR_TOPK_KL_DIV,
+    fused_linear_topk_kl_div,
+)
 from lme_kernels.ops.fused_residual_add_rmsnorm import (
     FUSED_RESIDUAL_ADD_RMSNORM,
     fused_residual_add_rmsnorm,
@@ -35,6 +41,9 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             ATTENTION,
             CROSS_ENTROPY,
             FUSED_LINEAR_CROSS_ENTROPY,
+            FUSED_LINEAR_KL_DIV,
+            FUSED_LINEAR_LOGPROB,
+            FUSED_LINEAR_TOPK_KL_DIV,
             FUSED_RESIDUAL_ADD_RMSNORM,
             GATED_RMSNORM,
             GEGLU,

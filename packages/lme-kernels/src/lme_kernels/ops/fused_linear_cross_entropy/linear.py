@@ -109,28 +109,54 @@ def evaluate(
     Returns:
         Losses and gradients.
     """
-    T, V = x.shape[0], weight.shape[0]
+    T = x.shape[0]
     losses = torch.empty((T, *outputs), dtype=compute_dtype(x.dtype), device=x.device)
     grad_x = torch.empty((T, x.shape[1]), dtype=x.dtype, device=x.device) if needs_x else None
     grad_weight: Tensor | None = None
     wanted = needs_x or needs_weight
-    chunks = chunks_of(x, weight, accumulate)
-    buffer = _buffer(x, chunks[0].stop, V) if chunks and x.is_cuda else None
-    for rows in chunks:
-        x_rows = x[rows]
-        logits = x_rows @ weight.t() if buffer is None else _into(buffer, x_rows, weight)
+    make_logits = chunk_logits(x, weight)
+    for rows in chunks_of(x, weight, accumulate):
+        logits = make_logits(rows)
         row_weights = None if weights is None else weights[rows]
         losses[rows], grad_logits = head(logits, rows, row_weights, gain, wanted)
         if grad_logits is not None:
             if grad_x is not None:
                 grad_x[rows] = grad_logits @ weight
             if needs_weight:
-                grad_weight = _add_product(grad_weight, grad_logits, x_rows, accumulate)
+                grad_weight = _add_product(grad_weight, grad_logits, x[rows], accumulate)
         # Two chunks of logits at once would be twice the memory.
         del logits, grad_logits
     if needs_weight and grad_weight is None:
         grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device)
     return Evaluated(losses, grad_x, grad_weight)
+
+
+def chunk_logits(x: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
+    """Return a function that makes the logits of some rows, on a GPU always in the same memory.
+
+    Args:
+        x: Shape (T, H).
+        weight: Shape (V, H).
+
+    Returns:
+        Takes a slice of rows, the first as long as any, and returns their logits, shape (n, V),
+        which are there until the next call.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return lambda rows: x[rows] @ weight.t()
+    V = weight.shape[0]
+    # Rows start at multiples of 128 bytes, whatever the number of classes: matrix products and
+    # loads are several times slower otherwise.
+    width = -(-V // 64) * 64
+    buffers: list[Tensor] = []
+
+    def make(rows: slice) -> Tensor:
+        rows_of_x = x[rows]
+        if not buffers:
+            buffers.append(x.new_empty((rows_of_x.shape[0], width)))
+        return torch.mm(rows_of_x, weight.t(), out=buffers[0][: rows_of_x.shape[0], :V])
+
+    return make
 
 
 def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,17 +272,6 @@ def _gradients(
         x, weight, others, task.options, weights, *needs, task.accumulate, 1.0
     )
     return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
-
-
-def _buffer(x: Tensor, rows: int, V: int) -> Tensor:
-    # Rows start at multiples of 128 bytes, whatever the number of classes: matrix products and
-    # loads are several times slower otherwise.
-    width = -(-V // 64) * 64
-    return torch.empty((rows, width), dtype=x.dtype, device=x.device)
-
-
-def _into(buffer: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(x, weight.t(), out=buffer[: x.shape[0], : weight.shape[0]])
 
 
 def _add_product(
