@@ -178,5 +178,7 @@ def _join(processes: list[BaseProcess], timeout_seconds: float) -> None:
 def _raise_failures(processes: list[BaseProcess], folder: Path) -> None:
     codes = [process.exitcode for process in processes]
     if any(codes):
-        traces = [path.read_text() for path in sorted(folder.glob("trace-*"))]
+        # The first to fail says why; the others only lost it.
+        found = sorted(folder.glob("trace-*"), key=lambda path: path.stat().st_mtime_ns)
+        traces = [path.read_text() for path in found]
         raise RuntimeError(f"processes ended with codes {codes}\n" + "\n".join(traces[:1]))
