@@ -186,3 +186,17 @@ def test_distillation_adds_the_divergence_and_spares_the_teacher(tiny_model, cou
     expected = {name: p.grad for name, p in student.named_parameters()}
     assert_close_in_norm(gradients(runtime), expected, 2e-6)
     assert all(not p.requires_grad for p in teacher.parameters())
+
+
+def test_evaluation_puts_the_model_in_evaluation_mode_and_back(tiny_model, counting_loader):
+    class Watched(tiny_model):
+        def forward(self, batch, **settings):
+            modes.append(self.training)
+            return super().forward(batch, **settings)
+
+    modes = []
+    runtime = SingleDevice(Watched())
+    batch = next(counting_loader())
+    runtime.forward(NextToken(), batch)
+    runtime.forward_backward(NextToken(), [batch])
+    assert modes == [False, True]
