@@ -217,19 +217,26 @@ class _Reduced(torch.autograd.Function):
                 else (grad_weight.to(factor.dtype) * factor).to(of_weight),
                 *absent,
             )
-        share, x, weight, labels, *tensors = ctx.saved_tensors
-        factor = grad_loss.to(share.dtype) * share
+        share, x, weight, *others = ctx.saved_tensors
         if ctx.gradients:
             grad_x, grad_weight = ctx.gradients.pop()
-            factor = factor / ctx.gain
-            return (
-                None if grad_x is None else task.scaled(grad_x, factor, x.dtype),
-                None if grad_weight is None else task.scaled(grad_weight, factor, weight.dtype),
-                *absent,
+        else:
+            _, grad_x, grad_weight = task.evaluate(
+                x,
+                weight,
+                tuple(others),
+                task.options,
+                None,
+                *ctx.needs,
+                task.accumulate,
+                ctx.gain,
             )
-        weights = factor.expand(x.shape[0]).contiguous()
-        gradients = _gradients(task, x, weight, (labels, *tensors), weights, ctx.needs)
-        return *gradients, *absent
+        factor = grad_loss.to(share.dtype) * share / ctx.gain
+        return (
+            None if grad_x is None else task.scaled(grad_x, factor, x.dtype),
+            None if grad_weight is None else task.scaled(grad_weight, factor, weight.dtype),
+            *absent,
+        )
 
 
 class _ByRow(torch.autograd.Function):
@@ -255,23 +262,19 @@ class _ByRow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, *others = ctx.saved_tensors
-        weights = grad_losses.contiguous()
-        gradients = _gradients(ctx.task, x, weight, tuple(others), weights, ctx.needs)
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 2)
-
-
-def _gradients(
-    task: Task,
-    x: Tensor,
-    weight: Tensor,
-    others: tuple[Tensor, ...],
-    weights: Tensor,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    _, grad_x, grad_weight = task.evaluate(
-        x, weight, others, task.options, weights, *needs, task.accumulate, 1.0
-    )
-    return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+        task = ctx.task
+        _, grad_x, grad_weight = task.evaluate(
+            x,
+            weight,
+            tuple(others),
+            task.options,
+            grad_losses.contiguous(),
+            *ctx.needs,
+            task.accumulate,
+            1.0,
+        )
+        absent = (None,) * (len(ctx.needs_input_grad) - 2)
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), *absent
 
 
 def _add_product(
