@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lme_data.context import DataContext
 from lme_data.dataset import DatasetArgs, MegatronDatasetArgs
-from lme_data.dataset.base import DataContext
 from lme_data.loader import EvaluationLoader, Loader
 from lme_data.manifest import read_manifest
 from lme_data.opening import BatchSizes, ExampleOpener, Opener, TokenOpener

@@ -64,8 +64,8 @@ class TokenCollator:
             counted: Which of the wanted rows count, bool; the others get no labels.
         """
         found = self._source.fetch(places[rows])
-        input_ids = np.ascontiguousarray(found.tokens[:, :-1])
-        labels = np.ascontiguousarray(found.tokens[:, 1:])
+        input_ids = found.tokens[:, :-1].astype(np.int64, order="C")
+        labels = found.tokens[:, 1:].astype(np.int64, order="C")
         if not counted.all():
             labels[~counted] = IGNORE_INDEX
         batch = {

@@ -63,6 +63,10 @@ class CorpusSource:
         self._wanted = num_samples
         self._vocab_size = vocab_size
         self._transform = transform
+        if corpus.dtype.kind not in "iu":
+            raise ValueError(f"{corpus.prefix} holds {corpus.dtype}: token ids are integers")
+        # Bytes to tokens; item sizes are powers of two.
+        self._shift = corpus.dtype.itemsize.bit_length() - 1
         self._tokens = int(corpus.lengths[first_sequence:last_sequence].sum(dtype=np.int64))
         self._epoch_samples = count_samples(self._tokens, 1, sequence_length)
         self._epochs: dict[int, SampleIndex] = {}
@@ -147,7 +151,7 @@ class CorpusSource:
             CorruptDataError: If a token id is not below the vocabulary's size; names the file and
                 the document.
         """
-        tokens = np.empty((len(places), self._sequence_length + 1), np.int64)
+        tokens = np.empty((len(places), self._sequence_length + 1), self._corpus.dtype)
         if self._order == "megatron":
             if len(places) and int(places.max()) >= self._index.num_samples:
                 raise IndexError(
@@ -163,10 +167,11 @@ class CorpusSource:
                 if len(chosen) == len(places):
                     self._read(index, places - epoch * self._epoch_samples, tokens)
                 else:
-                    part = np.empty((len(chosen), tokens.shape[1]), np.int64)
+                    part = np.empty((len(chosen), tokens.shape[1]), tokens.dtype)
                     self._read(index, places[chosen] - epoch * self._epoch_samples, part)
                     tokens[chosen] = part
         if self._transform is not None:
+            tokens = tokens.astype(np.int64)
             for row, place in enumerate(places.tolist()):
                 tokens[row] = self._transform(tokens[row], place)
         return TokenRows(tokens, np.zeros(len(places), np.int64))
@@ -205,13 +210,12 @@ class CorpusSource:
             read = [tokens[start:end] for start, end in pairs]
             np.concatenate(read, out=flat, casting="unsafe")
         else:
-            shift = starts - (np.cumsum(lengths) - lengths)
-            where = np.repeat(shift, lengths)
+            where = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
             where += np.arange(len(flat))
-            flat[:] = tokens[where]
-        # Negative ids become huge without a sign: one pass finds both faults.
+            # In range by construction; checking each would cost a copy.
+            np.take(tokens, where, out=flat, mode="clip")
         limit = self._vocab_size
-        if limit is not None and len(flat) and int(flat.view(np.uint64).max()) >= limit:
+        if limit is not None and len(flat) and int(_unsigned(flat).max()) >= limit:
             self._refuse(flat, lengths, documents)
 
     def _pieces(
@@ -230,11 +234,11 @@ class CorpusSource:
         stops = self._corpus.lengths[sequences].astype(np.int64)
         offsets[firsts] = begins[:, 1]
         stops[lasts] = ends[:, 1] + 1
-        starts = self._corpus.pointers[sequences] // self._corpus.dtype.itemsize + offsets
+        starts = (self._corpus.pointers[sequences] >> self._shift) + offsets
         return starts, stops - offsets, sequences
 
     def _refuse(self, flat: np.ndarray, lengths: np.ndarray, sequences: np.ndarray) -> None:
-        wrong = int(flat.view(np.uint64).argmax())
+        wrong = int(_unsigned(flat).argmax())
         piece = int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))
         document = self._corpus.document_of(int(sequences[piece]))
         raise CorruptDataError(
@@ -242,3 +246,8 @@ class CorpusSource:
             f"{int(flat[wrong])}, allowed are 0 to {(self._vocab_size or 0) - 1}: the corpus was "
             "made with another tokenizer, or `vocab_size` is too small"
         )
+
+
+def _unsigned(tokens: np.ndarray) -> np.ndarray:
+    """The same bits without a sign: negative ids become huge, one pass finds both faults."""
+    return tokens.view(f"u{tokens.dtype.itemsize}")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lme_data.dataset.base import SplitName
+from lme_data.context import SplitName
 
 _NAMES_OF_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),

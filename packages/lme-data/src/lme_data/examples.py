@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lme_data.dataset.base import DataContext
+from lme_data.context import DataContext
 from lme_data.rows import ExampleRows
 
 _ENCODE_AT_ONCE = 1000

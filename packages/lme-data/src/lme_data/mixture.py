@@ -241,11 +241,16 @@ class TokenMixture(Mixture[TokenSource]):
     def fetch(self, places: np.ndarray) -> TokenRows:
         """Samples at places, int64, shape (rows,)."""
         choices, within = self.look_up(places)
-        tokens = np.empty((len(places), self.sequence_length + 1), np.int64)
+        tokens = np.empty((0, 0), np.int64)
         numbers = np.empty(len(places), np.int64)
         for choice in np.unique(choices).tolist():
             chosen = choices == choice
             rows = self.sources[choice].fetch(within[chosen])
+            if not len(tokens):
+                tokens = np.empty((len(places), rows.tokens.shape[1]), rows.tokens.dtype)
+            elif tokens.dtype != rows.tokens.dtype:
+                # Corpora of different dtypes: any id fits this.
+                tokens = tokens.astype(np.int64)
             tokens[chosen] = rows.tokens
             numbers[chosen] = rows.source + self.first_number(choice)
         return TokenRows(tokens, numbers)

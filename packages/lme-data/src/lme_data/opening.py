@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from lme_data.collate import Collate, ExampleCollator, TokenCollator
+from lme_data.context import DataContext, SplitName
 from lme_data.dataset import (
     DatasetArgs,
     DebugDatasetArgs,
@@ -14,7 +15,6 @@ from lme_data.dataset import (
     MegatronDatasetArgs,
     PresetDatasetArgs,
 )
-from lme_data.dataset.base import DataContext, SplitName
 from lme_data.loader import EvaluationLoader, Loader
 from lme_data.mixture import ExampleMixture, TokenMixture
 from lme_data.rows import ExampleSource, RowSource, TokenSource

@@ -12,7 +12,7 @@ class TokenRows:
     """Samples of one length."""
 
     tokens: np.ndarray
-    """int64, shape (rows, sequence_length + 1)."""
+    """Integers of the dtype on disk, shape (rows, sequence_length + 1)."""
     source: np.ndarray
     """Which corpus each row is from, int64, shape (rows,)."""
 

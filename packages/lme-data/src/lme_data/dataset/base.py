@@ -1,26 +1,5 @@
 """What every dataset entry of a run file has in common."""
 
-from dataclasses import dataclass
-from typing import Literal
-
-from lme_data.tokenizer import TextTokenizer
-
-SplitName = Literal["train", "val", "test"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataContext:
-    """What a run tells its datasets."""
-
-    seed: int
-    """`random_args.seed`; a dataset's own seed wins."""
-    tokenizer: TextTokenizer | None = None
-    """Needed by text datasets and fill-in-the-middle."""
-    vocab_size: int | None = None
-    """Token ids must be below it; `None` checks nothing."""
-    eos_token_id: int | None = None
-    """End of text, if it is known."""
-
 
 def check_entry(
     data_name: str, data_sampling_ratio: float | None, max_tokens: dict[str, int | None]

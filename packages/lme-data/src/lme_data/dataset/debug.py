@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from lme_data.dataset.base import DataContext, SplitName, check_entry
+from lme_data.context import DataContext, SplitName
+from lme_data.dataset.base import check_entry
 from lme_data.rows import ExampleRows, ExampleSource, TokenRows, TokenSource
 
 

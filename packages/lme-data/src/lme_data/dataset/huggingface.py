@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lme_data.dataset.base import DataContext, SplitName, check_entry
+from lme_data.context import DataContext, SplitName
+from lme_data.dataset.base import check_entry
 from lme_data.example_files import read_rows
 from lme_data.examples import tokenize_examples
 from lme_data.rows import ExampleSource

@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from lme_data.context import DataContext, SplitName
 from lme_data.corpus import CorpusSource
-from lme_data.dataset.base import DataContext, SplitName, check_entry, check_no_text_settings
+from lme_data.dataset.base import check_entry, check_no_text_settings
 from lme_data.fim import FillInTheMiddle
 from lme_data.indexed import IndexedTokens
 from lme_data.manifest import read_manifest
