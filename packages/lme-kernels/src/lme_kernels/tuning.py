@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@cache
+@lru_cache(maxsize=4096)
 def row_settings(
     op: str, rows: int, columns: int, element_bytes: int, processors: int
 ) -> RowSettings:

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from lme_kernels.ops.attention.masks import document_of_token
 from lme_kernels.ops.attention.options import AttentionOptions
@@ -56,13 +61,13 @@ def attention(
         block_mask=_block_mask(query, cu_seqlens, options),
         scale=options.factor(query.shape[-1]),
         enable_gqa=bool(query.shape[2] != key.shape[2]),
-        return_lse=sinks is not None,
+        return_aux=None if sinks is None else AuxRequest(lse=True),
     )
     if sinks is None:
         return result.transpose(1, 2)
-    y, log_partition = result
+    y, auxiliary = result
     # A sink adds exp(sink) to the denominator and nothing else.
-    share = torch.sigmoid(log_partition - sinks.float().view(1, -1, 1))
+    share = torch.sigmoid(auxiliary.lse - sinks.float().view(1, -1, 1))
     return (y * share.unsqueeze(-1)).to(query.dtype).transpose(1, 2)
 
 
