@@ -295,6 +295,8 @@ def _cast(
     for name, tensor in tensors:
         cast = dtype is not None and tensor.is_floating_point()
         yield name, tensor.to(dtype) if cast else tensor
+        # Or it would live until the next one is made.
+        del tensor
 
 
 def _write_record(

@@ -69,7 +69,8 @@ def check_import(
     copies = {copy: of for copy, of in family.tied.items() if copy not in wanted and copy in source}
     ignored = [name for name in source.names if any(re.fullmatch(p, name) for p in family.ignored)]
     _check_names(source, wanted, {*copies, *ignored}, family)
-    _check_shapes(steps, expected_parameters(config), _shapes(source, wanted))
+    for name, shape in their_shapes(steps, expected_parameters(config)).items():
+        _check_shape(source, name, shape)
     for copy, of in copies.items():
         _check_equal(source, copy, of)
 
@@ -85,26 +86,45 @@ def check_export(
     expected = expected_parameters(config)
     _check_names(source, list(expected), set(), family)
     for name, shape in expected.items():
-        if source.shape(name) != shape:
-            raise ConversionError(
-                f"`{name}` of `{source.path}` has shape {source.shape(name)}; its config says {shape}"
-            )
+        _check_shape(source, name, shape)
+    their_shapes(steps, expected)
+
+
+def their_shapes(
+    steps: Iterable[Step], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of theirs that makes our tensors of given shapes.
+
+    Raises:
+        ConversionError: If a rule cannot make tensors of these shapes.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    # One byte seen at every index: the way to theirs is views, which cost nothing. (Meta tensors
+    # would do, but their operators import 90 MB of Python.)
+    byte = torch.zeros((), dtype=torch.uint8)
     for step in steps:
-        _apply(step, [torch.empty(expected[name], device="meta") for name in step.ours], ours=False)
+        made = _apply(step, [byte.expand(expected[name]) for name in step.ours], ours=False)
+        shapes |= {name: tuple(each.shape) for name, each in zip(step.theirs, made, strict=True)}
+    return shapes
 
 
 def read_ours(source: ModelDirectory, steps: Iterable[Step]) -> Iterator[tuple[str, Tensor]]:
-    """Yield our tensors, made of theirs, one step at a time."""
+    """Yield our tensors, made of theirs, one step at a time; none is kept once it is given."""
     for step in steps:
-        tensors = [source.tensor(name) for name in step.theirs]
-        yield from zip(step.ours, _apply(step, tensors, ours=True), strict=True)
+        made = _apply(step, [source.tensor(name) for name in step.theirs], ours=True)
+        yield from _hand_over(step.ours, made)
 
 
 def read_theirs(source: ModelDirectory, steps: Iterable[Step]) -> Iterator[tuple[str, Tensor]]:
-    """Yield their tensors, made of ours, one step at a time."""
+    """Yield their tensors, made of ours, one step at a time; none is kept once it is given."""
     for step in steps:
-        tensors = [source.tensor(name) for name in step.ours]
-        yield from zip(step.theirs, _apply(step, tensors, ours=False), strict=True)
+        made = _apply(step, [source.tensor(name) for name in step.ours], ours=False)
+        yield from _hand_over(step.theirs, made)
+
+
+def _hand_over(names: Sequence[str], tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        yield name, tensors.pop(0)
 
 
 def _step(
@@ -143,23 +163,12 @@ def _check_names(
         )
 
 
-def _shapes(source: ModelDirectory, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    return {name: source.shape(name) for name in names}
-
-
-def _check_shapes(
-    steps: Iterable[Step],
-    expected: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, tuple[int, ...]],
-) -> None:
-    for step in steps:
-        tensors = [torch.empty(stored[name], device="meta") for name in step.theirs]
-        for name, made in zip(step.ours, _apply(step, tensors, ours=True), strict=True):
-            if tuple(made.shape) != expected[name]:
-                raise ConversionError(
-                    f"{_described(step.theirs, tensors)} would make `{name}` of shape "
-                    f"{tuple(made.shape)}; the config asks for {expected[name]}"
-                )
+def _check_shape(source: ModelDirectory, name: str, expected: tuple[int, ...]) -> None:
+    if source.shape(name) != expected:
+        raise ConversionError(
+            f"`{name}` of `{source.path}` has shape {source.shape(name)}; its config asks for "
+            f"{expected}"
+        )
 
 
 def _apply(step: Step, tensors: list[Tensor], *, ours: bool) -> list[Tensor]:

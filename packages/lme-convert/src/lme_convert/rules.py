@@ -1,8 +1,8 @@
 """Rules: which tensors of theirs make which of ours, and the exact way back.
 
 A transform turns a list of tensors of theirs into a list of ours (`to_ours`) and back (`to_theirs`)
-without arithmetic, so that both directions are exact to the bit. It also works on meta tensors,
-which is how shapes are checked before a byte is read. A `Rule` adds the names.
+without arithmetic, so that both directions are exact to the bit. `to_theirs` gives views wherever
+it can: that is also how shapes are checked before a byte is read. A `Rule` adds the names.
 """
 
 from collections.abc import Mapping, Sequence

@@ -155,6 +155,8 @@ def write_shards(
                     shards[-1].close()
                 shards.append(_Shard(directory / _draft_name(len(shards))))
             shards[-1].add(name, on_cpu)
+            # Or they would live until the next one is made.
+            del tensor, on_cpu
         if not shards:
             raise ConversionError(f"there is no tensor to write to `{directory}`")
         shards[-1].close()
