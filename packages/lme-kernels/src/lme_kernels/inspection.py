@@ -58,14 +58,16 @@ def table() -> str:
 
     Returns:
         A table with one row an op and one column a backend; a cell says "yes", "by name" (never
-        chosen automatically) or nothing.
+        chosen automatically) or nothing. The last column lists implementations that are no
+        backend of this package but another library's kernels.
     """
     rows = [
-        "| op | " + " | ".join(Backend) + " |",
-        "| --- " * (1 + len(Backend)) + "|",
+        "| op | " + " | ".join(Backend) + " | others |",
+        "| --- " * (2 + len(Backend)) + "|",
     ]
     for name, op in ALL_OPS.items():
         cells = [_cell(op, backend) for backend in Backend]
+        cells.append(", ".join(each for each in op.implementations if each not in set(Backend)))
         rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
