@@ -319,3 +319,9 @@ def test_what_was_done_is_said(runtime, recorder, caplog):
     with caplog.at_level(logging.INFO, "lme_core"):
         hook(TrainState(step=1, tokens=12), report())
     assert "step done: step=1 tokens=12 loss=2.5000 grad_norm=0.5000" in caplog.text
+
+
+def test_a_skipped_update_is_said(runtime, recorder, caplog):
+    hook = LogHook(runtime, recorder, Throughput(), interval=1)
+    hook(TrainState(step=1), report(grad_norm=torch.tensor(float("inf"))))
+    assert "update skipped, gradient norm not finite: step=1" in caplog.text

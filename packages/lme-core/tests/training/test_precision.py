@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lme_core.training.precision import LossScaler, MasterWeights
+from lme_core.training.precision import LossScaler, MasterWeights, set_tf32
 
 
 def test_the_model_becomes_a_rounded_copy_and_the_masters_stay_fp32(tiny_model):
@@ -87,3 +87,16 @@ def test_frozen_parameters_keep_a_master_without_gradient(tiny_model, dtype):
     masters = MasterWeights(model, dtype)
     assert not masters.named_parameters()["up.weight"].requires_grad
     assert model.up.weight.dtype == dtype
+
+
+def test_tf32_is_off_unless_asked_for():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        set_tf32(True)
+        assert torch.get_float32_matmul_precision() == "high"
+        set_tf32(False)
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

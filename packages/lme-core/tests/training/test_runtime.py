@@ -200,3 +200,13 @@ def test_evaluation_puts_the_model_in_evaluation_mode_and_back(tiny_model, count
     runtime.forward(NextToken(), batch)
     runtime.forward_backward(NextToken(), [batch])
     assert modes == [False, True]
+
+
+def test_a_model_without_memory_and_initial_values_is_refused():
+    with pytest.raises(ValueError, match="needs an `initial_value"):
+        SingleDevice(torch.nn.Linear(2, 2, device="meta"))
+
+
+def test_a_step_needs_a_batch(tiny_model):
+    with pytest.raises(ValueError, match="at least one micro batch"):
+        SingleDevice(tiny_model()).forward_backward(NextToken(), [])

@@ -6,6 +6,7 @@ and a step's lines of metrics are on disk before its checkpoint.
 
 import gc
 import logging
+import math
 import signal
 import time
 from collections.abc import Sequence
@@ -76,6 +77,8 @@ class LogHook:
             report.learning_rate,
             record["tokens_per_second"],
         )
+        if not math.isfinite(record["grad_norm"]):
+            logger.warning("update skipped, gradient norm not finite: step=%d", state.step)
 
 
 class EvaluateHook:

@@ -1,9 +1,9 @@
 """The seam between the loop and devices, and its implementation for one device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -256,23 +256,30 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: If it is on meta and has no initial values.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return model.to(device)
-    initial_value = model.initial_value
-    if not callable(initial_value):
+    if not isinstance(model, _HasInitialValues):
         raise ValueError("a model on meta needs an `initial_value(name, region)` method")
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, None))
+            parameter.copy_(model.initial_value(name, None))
         for name, buffer in model.named_buffers():
-            buffer.copy_(initial_value(name, None))
+            buffer.copy_(model.initial_value(name, None))
     return model
 
 
+@runtime_checkable
+class _HasInitialValues(Protocol):
+    def initial_value(self, name: str, region: tuple[slice, ...] | None) -> Tensor: ...
+
+
 @contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
