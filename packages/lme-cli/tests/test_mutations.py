@@ -199,3 +199,8 @@ def test_each_section_alone_is_a_fragment(full):
     for name, value in full.values.items():
         places = {path: place for path, place in full.places.items() if path[:1] in ((), (name,))}
         check_fragment(type(full)("full.yml", {name: value}, places))
+
+
+def test_a_misspelt_section_of_a_fragment_gets_a_suggestion():
+    with pytest.raises(RunFileError, match="did you mean `kernel_args`"):
+        check_fragment(parse("kernel_arg: {}\n", name="full.yml"))

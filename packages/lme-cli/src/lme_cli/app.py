@@ -44,18 +44,27 @@ app = typer.Typer(
 )
 
 
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from lme_cli import __version__
+
+        print(f"lme {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     show_traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error was raised.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and stop.", is_eager=True, callback=_show_version
+        ),
+    ] = False,
 ) -> None:
-    if version:
-        from lme_cli import __version__
-
-        print(f"lme {__version__}")
-        raise typer.Exit
+    """Take the options that stand before the command; `ErrorsAsMessages` reads them."""
 
 
 app.command()(train.train)
@@ -74,4 +83,4 @@ app.command()(doctor.doctor)
 
 def main() -> None:
     """Run the `lme` command with the process's arguments."""
-    app()
+    app(prog_name="lme")

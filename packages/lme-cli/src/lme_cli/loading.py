@@ -1,7 +1,7 @@
 """From a path and `--set` settings to a checked run: the steps in their order."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -22,7 +22,7 @@ class Loaded:
     """A run file that passed every check that needs no device and no data."""
 
     run: RunConfig
-    """The sections; of a fragment, only those in `present` may be touched."""
+    """The sections; of a fragment, those not written are null."""
     run_file: RunFile
     """What was read, with the settings of `--set` and today's names."""
     warnings: Sequence[Problem]
@@ -71,10 +71,10 @@ def check_fragment(run_file: RunFile) -> Loaded:
     missing = [name for name in required if name not in modern.values]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = validate(_fragment_class(missing), modern)
+        run = validate(_fragment_class(modern.values), modern, described_by=RunConfig)
     notes += _as_problems(caught)
     present = [name for name in RunConfig.model_fields if name in modern.values]
-    # It has the fields of a RunConfig, except that those missing are null.
+    # It has the fields of a RunConfig, except that those not written are null.
     return _cross_check(cast(RunConfig, run), modern, notes, present, missing, None)
 
 
@@ -114,10 +114,11 @@ def _as_problems(caught: Sequence[warnings.WarningMessage]) -> list[Problem]:
     return [Problem(text) for text in dict.fromkeys(str(each.message) for each in caught)]
 
 
-def _fragment_class(missing: Sequence[str]) -> type[BaseModel]:
+def _fragment_class(written: Collection[str]) -> type[BaseModel]:
+    """Make a class with the sections that are written; the others are null."""
     # Values are pydantic's own field descriptions, whose types differ.
-    fields: dict[str, Any] = {}
-    for name, field in RunConfig.model_fields.items():
-        given = (field.annotation, ... if field.is_required() else field)
-        fields[name] = (Any, None) if name in missing else given
+    fields: dict[str, Any] = {
+        name: (field.annotation, ...) if name in written else (Any, None)
+        for name, field in RunConfig.model_fields.items()
+    }
     return create_model("Fragment", __config__=RunConfig.model_config, **fields)

@@ -56,12 +56,15 @@ _TYPES = {
 }
 
 
-def validate(kind: type[ModelType], run_file: RunFile) -> ModelType:
+def validate(
+    kind: type[ModelType], run_file: RunFile, *, described_by: type[BaseModel] | None = None
+) -> ModelType:
     """Build the sections of a run file.
 
     Args:
         kind: The class of the whole file, `RunConfig` or `UnshardConfig`.
         run_file: What was read.
+        described_by: The class whose settings are proposed in errors; `kind` if `None`.
 
     Raises:
         RunFileError: With one problem per wrong setting, each with its place in the file.
@@ -69,7 +72,7 @@ def validate(kind: type[ModelType], run_file: RunFile) -> ModelType:
     try:
         return kind.model_validate(run_file.values)
     except ValidationError as error:
-        raise RunFileError(explain(error, kind, run_file)) from None
+        raise RunFileError(explain(error, described_by or kind, run_file)) from None
 
 
 def explain(error: ValidationError, kind: type[BaseModel], run_file: RunFile) -> list[Problem]:
