@@ -1,9 +1,30 @@
 import json
 
 import pytest
+import torch
 
 from lme_kernels import tuning
-from lme_kernels.tuning import RowSettings, bucket, row_settings, search, stored_settings
+from lme_kernels.functional import rmsnorm
+from lme_kernels.ops.rmsnorm import RMSNORM
+from lme_kernels.testing import check_against_reference, fused_backends
+from lme_kernels.tuning import (
+    RowSettings,
+    bucket,
+    row_candidates,
+    row_settings,
+    search,
+    stored_settings,
+    using,
+)
+
+# Settings of another version.
+FOREIGN = '{"rmsnorm.forward": {"8x64x2": {"block": 64}}}'
+
+
+def candidates_of_one_shape():
+    """Some of them; none where Triton has neither a GPU nor its interpreter."""
+    backends = fused_backends(RMSNORM)
+    return row_candidates("rmsnorm.backward", 9, 64, 4)[::7] if backends else []
 
 
 @pytest.fixture
@@ -62,7 +83,33 @@ def test_tuning_can_be_switched_off(cache, monkeypatch):
     assert stored_settings("rmsnorm.forward", bucket(8, 64, 2)) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"rmsnorm.forward": '])
+def test_a_launch_uses_the_settings_that_are_fixed_for_it():
+    _triton_rows = pytest.importorskip("lme_kernels._triton_rows")
+    x, fixed = torch.randn(8, 64), RowSettings(2, 64, 1, 3)
+    rule = _triton_rows.settings_of("rmsnorm.backward", x, 8)
+    with using("rmsnorm.backward", fixed):
+        assert _triton_rows.settings_of("rmsnorm.backward", x, 8) is fixed
+        assert _triton_rows.settings_of("rmsnorm.forward", x, 8) != fixed
+    assert _triton_rows.settings_of("rmsnorm.backward", x, 8) == rule != fixed
+
+
+@pytest.mark.parametrize("op", ["rmsnorm.forward", "rmsnorm.backward"])
+@pytest.mark.parametrize("columns", [64, 768, 4096, 32768])
+def test_candidates_surround_the_rule(cache, op, columns):
+    candidates = row_candidates(op, 16384, columns, 132)
+    rule = row_settings(op, 16384, columns, 2, 132)
+    assert len(set(candidates)) == len(candidates) >= 3
+    assert (rule.block_rows, rule.num_warps) in {(c.block_rows, c.num_warps) for c in candidates}
+
+
+@pytest.mark.parametrize("settings", candidates_of_one_shape(), ids=str)
+def test_any_candidate_gives_the_same_numbers(settings):
+    x, weight = torch.randn(9, 64), torch.randn(64)
+    with using("rmsnorm.backward", settings):
+        check_against_reference(rmsnorm, (x, weight), backend="triton", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"rmsnorm.forward": ', FOREIGN])
 def test_a_damaged_file_is_as_good_as_none(cache, content):
     path, forget = cache
     path.parent.mkdir(parents=True)

@@ -4,9 +4,12 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields
 from functools import cache, lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -28,6 +31,10 @@ class RowSettings:
     """Warps a program."""
     programs: int
     """Programs that share all rows where each takes many (backward of weights)."""
+
+
+# What `using` fixes, for the launches of one thread or task.
+FIXED: ContextVar[tuple[str, RowSettings] | None] = ContextVar("lme_kernels_fixed", default=None)
 
 
 def next_power_of_two(n: int) -> int:
@@ -53,7 +60,7 @@ def row_settings(
     """
     measured = stored_settings(op, bucket(rows, columns, element_bytes))
     if measured is not None:
-        return RowSettings(**measured)
+        return measured
     block_columns = next_power_of_two(columns)
     backward = op.endswith(".backward")
     # About 4096 elements a program fill the memory pipeline without spilling registers.
@@ -61,7 +68,8 @@ def row_settings(
     # The backward holds twice as many values an element: x, dy, the weight and its gradient.
     elements_per_warp = 512 if backward else 1024
     num_warps = max(1, min(32, block_rows * block_columns // elements_per_warp))
-    # At about 90 registers a thread 24 warps are resident; a program more would run alone at the end.
+    # At about 90 registers a thread 24 warps are resident; one program more would run alone at the
+    # end.
     resident = max(1, 24 // num_warps)
     programs = min(processors * resident, -(-rows // block_rows))
     return RowSettings(block_rows, block_columns, num_warps, max(1, programs))
@@ -79,19 +87,70 @@ def cache_path() -> Path:
     return folder / "lme_kernels" / _architecture() / f"{__version__}.json"
 
 
-def stored_settings(op: str, key: str) -> Mapping[str, int] | None:
-    """Look measured settings up; never measures, and reads the file once a process.
+def stored_settings(op: str, key: str) -> RowSettings | None:
+    """Look measured settings up; never measures, and reads the files once a process.
+
+    The user's file comes first, then the one that this package ships for the architecture, if any
+    (`settings/<architecture>.json`).
 
     Args:
         op: Name of the kernel.
         key: Bucket of the shape.
 
     Returns:
-        Fields of the settings, or `None` if there are none or `LME_KERNELS_TUNE` is "off".
+        The settings, or `None` if there are none or `LME_KERNELS_TUNE` is "off".
     """
     if os.environ.get("LME_KERNELS_TUNE", "cached") == "off":
         return None
-    return _stored(cache_path()).get(op, {}).get(key)
+    shipped = Path(str(files("lme_kernels"))) / "settings" / f"{_architecture()}.json"
+    for path in (cache_path(), shipped):
+        entry = _stored(path).get(op, {}).get(key)
+        if entry is not None and set(entry) == {each.name for each in fields(RowSettings)}:
+            return RowSettings(**entry)
+    return None
+
+
+def row_candidates(op: str, rows: int, columns: int, processors: int) -> list[RowSettings]:
+    """List settings worth measuring, the rule's among them or near it.
+
+    Args:
+        op: Name of the kernel: the op's, followed by `.forward` or `.backward`.
+        rows: Number of rows.
+        columns: Number of columns.
+        processors: Multiprocessors of the device.
+
+    Returns:
+        Every sensible number of rows and warps a program and, for a backward, of programs.
+    """
+    block_columns = next_power_of_two(columns)
+    shares = (1, 2, 3, 4, 6, 8) if op.endswith(".backward") else (1,)
+    return [
+        RowSettings(block_rows, block_columns, num_warps, min(processors * share, rows))
+        for block_rows in (1, 2, 4, 8, 16)
+        for num_warps in (1, 2, 4, 8, 16, 32)
+        for share in shares
+        # From 4 to 64 numbers a thread, and programs that can be resident together.
+        if 128 * num_warps <= block_rows * block_columns <= 2048 * num_warps
+        and num_warps * share <= 64
+    ]
+
+
+@contextmanager
+def using(op: str, settings: RowSettings) -> Iterator[None]:
+    """Launch one kernel with given settings inside a `with` block, in this thread only.
+
+    Args:
+        op: Name of the kernel.
+        settings: What to launch it with.
+
+    Yields:
+        Nothing.
+    """
+    token = FIXED.set((op, settings))
+    try:
+        yield
+    finally:
+        FIXED.reset(token)
 
 
 def search(
