@@ -159,6 +159,9 @@ def test_a_model_without_memory_gets_its_initial_values(tiny_model):
         assert torch.equal(parameter, model.initial_value(name, None)), name
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, model.initial_value(name, None).bfloat16())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, model.initial_value(name, None).to(buffer.dtype)), name
+    assert model.head.weight is model.embedding.weight
 
 
 def test_only_persistent_buffers_belong_to_the_state(tiny_model):

@@ -264,12 +264,21 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
         return model.to(device)
     if not isinstance(model, _HasInitialValues):
         raise ValueError("a model on meta needs an `initial_value(name, region)` method")
-    model.to_empty(device=device)
+    # Not `to_empty`: it gives shared parameters separate memory.
+    made: dict[int, Tensor] = {}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(model.initial_value(name, None))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(model.initial_value(name, None))
+        for prefix, module in model.named_modules():
+            for name, old in [*module.named_parameters(prefix, recurse=False)]:
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    new.copy_(model.initial_value(name, None))
+                    made[id(old)] = Parameter(new, requires_grad=old.requires_grad)
+                setattr(module, name.rpartition(".")[2], made[id(old)])
+            for name, old in [*module.named_buffers(prefix, recurse=False)]:
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    made[id(old)] = new.copy_(model.initial_value(name, None))
+                setattr(module, name.rpartition(".")[2], made[id(old)])
     return model
 
 
