@@ -3,7 +3,8 @@
     python benchmarks/loader.py --tokens 500000000 --sequence-length 2048 --repeats 5
 
 Files are written once to a temporary folder, read once to fill the page cache, and timed on one
-thread (`num_workers=0`). Prints Markdown rows.
+thread (`num_workers=0`). Rates are given by the clock and by processor time: on a machine that other
+programs use too, the second is the one to compare. Prints Markdown rows.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def write_corpus(prefix: Path, num_tokens: int, mean_length: int) -> None:
 
 def time_loader(
     prefix: Path, arguments: argparse.Namespace, order: Literal["megatron", "stable"], packed: bool
-) -> list[float]:
+) -> list[list[float]]:
     entry = MegatronDatasetArgs(
         data_name="bench",
         class_args=MegatronClassArgs(
@@ -72,19 +73,33 @@ def time_loader(
         next(train)
     rates = []
     for _ in range(arguments.repeats):
-        begin = time.perf_counter()
-        for _ in range(steps):
-            next(train)
-        rates.append(steps * per_batch / (time.perf_counter() - begin))
+        with Timer() as timer:
+            for _ in range(steps):
+                next(train)
+        rates.append([steps * per_batch / 1e6 / seconds for seconds in timer.seconds])
     train.close()
     return rates
 
 
-def row(what: str, values: list[float], unit: str) -> None:
-    low, high = min(values), max(values)
-    print(
-        f"| {what} | {statistics.median(values):.1f} {unit} | {low:.1f} to {high:.1f} |", flush=True
-    )
+class Timer:
+    """Seconds by the clock and of processor time between enter and exit."""
+
+    def __enter__(self) -> "Timer":
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu = self._start
+        self.seconds = [time.perf_counter() - wall, time.process_time() - cpu]
+
+
+def row(what: str, pairs: list[list[float]], unit: str) -> None:
+    """Median and range of (by the clock, by processor time) pairs."""
+    cells = [
+        f"{statistics.median(values):.1f} {unit} ({min(values):.1f} to {max(values):.1f})"
+        for values in zip(*pairs, strict=True)
+    ]
+    print(f"| {what} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -95,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    print("| what | median | range |\n| --- | --- | --- |")
+    print("| what | by the clock | by processor time |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for mean_length in (1000, 100, 10):
             prefix = Path(folder) / f"mean-{mean_length}"
@@ -106,29 +121,29 @@ def main() -> None:
                 kind = "documents kept apart" if packed else f"{order} order"
                 row(
                     f"loader, documents of {mean_length} tokens, {kind}",
-                    [rate / 1e6 for rate in rates],
+                    rates,
                     "M tokens/s",
                 )
             prefix.with_name(prefix.name + ".bin").unlink()
         lengths = np.random.default_rng(0).geometric(1 / 700, 10_000_000).astype(np.int32)
         seconds = []
         for repeat in range(arguments.repeats):
-            begin = time.perf_counter()
-            build_sample_index(
-                lengths,
-                first_sequence=0,
-                last_sequence=len(lengths),
-                num_samples=3_000_000,
-                sequence_length=arguments.sequence_length,
-                seed=repeat,
-            )
-            seconds.append(time.perf_counter() - begin)
+            with Timer() as timer:
+                build_sample_index(
+                    lengths,
+                    first_sequence=0,
+                    last_sequence=len(lengths),
+                    num_samples=3_000_000,
+                    sequence_length=arguments.sequence_length,
+                    seed=repeat,
+                )
+            seconds.append(timer.seconds)
         row("sample index of 10 M documents (7.0 G tokens, one epoch)", seconds, "s")
         seconds = []
         for _ in range(arguments.repeats):
-            begin = time.perf_counter()
-            greedy_choices([0.2, 0.5, 0.3], 10_000_000)
-            seconds.append(time.perf_counter() - begin)
+            with Timer() as timer:
+                greedy_choices([0.2, 0.5, 0.3], 10_000_000)
+            seconds.append(timer.seconds)
         row("blend of 3 corpora, 10 M samples", seconds, "s")
 
 

@@ -190,7 +190,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     if version != FORMAT_VERSION:
         raise CorruptDataError(
             f"{path}: manifest version {version}, this lme-data reads {FORMAT_VERSION}; "
-            "use a newer lme-data, or remove the file and run `lme data verify --write`"
+            "use a newer lme-data, or remove the file and write it anew with `write_manifest`"
         )
     try:
         tokenizer = content.pop("tokenizer", None)

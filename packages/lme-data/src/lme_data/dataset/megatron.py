@@ -146,6 +146,8 @@ class MegatronDatasetArgs:
             ValueError: If the split is empty although it was given a share, or its ids do not fit
                 the vocabulary.
         """
+        if split == "train":
+            self._warn_of_settings_without_effect()
         path, split_text = self._split_path(split)
         if path is None or parse_split(split_text)[SPLITS.index(split)] == 0:
             return None
@@ -180,6 +182,15 @@ class MegatronDatasetArgs:
         paths = (args.data_path, args.train_data_path, args.val_data_path, args.test_data_path)
         return [prefix for path in paths if path for prefix in parse_blend(path).prefixes]
 
+    def _warn_of_settings_without_effect(self) -> None:
+        args = self.class_args
+        if args.split is not None and args.data_path is None:
+            logger.warning("`split` has no effect beside `train_data_path` and its like")
+        if args.node_uses_local_storage:
+            logger.warning(
+                "`node_uses_local_storage` has no effect: every process builds the index it lacks"
+            )
+
     def _split_path(self, split: SplitName) -> tuple[str | list[str | float] | None, str]:
         args = self.class_args
         if args.data_path is not None:
@@ -189,8 +200,6 @@ class MegatronDatasetArgs:
             "val": args.val_data_path,
             "test": args.test_data_path,
         }
-        if args.split is not None and split == "train":
-            logger.warning("`split` has no effect beside `train_data_path` and its like")
         # The whole corpus, at this split's place.
         whole = ",".join("1" if name == split else "0" for name in SPLITS)
         return per_split[split], whole
