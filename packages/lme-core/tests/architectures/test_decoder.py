@@ -206,6 +206,13 @@ def test_dropout_does_not_depend_on_how_the_batch_is_cut():
     torch.testing.assert_close(torch.cat(rows), whole, rtol=1e-10, atol=1e-12)
 
 
+def test_a_model_without_dropout_makes_no_keys():
+    model = build()
+    batch = training_batch()
+    assert model.context(batch).dropout_key is None
+    assert torch.equal(model(batch).logits, model(random_batch()).logits)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_document_does_not_feel_its_neighbour(window):
     config = replace(
@@ -286,15 +293,17 @@ def test_stages_of_a_pipeline_make_the_whole():
 
 
 COMPILED = {
-    "plain": {},
-    "qk norm, window": {"qk_norm": True, "sliding_window": 4},
-    "all": {"attention_gate": True, "exclusive_self_attention": True, "dropout": 0.2},
-    "softmax dropout": {"softmax_dropout": 0.2},
+    "plain": ({}, False),
+    "qk norm, window, packed": ({"qk_norm": True, "sliding_window": 4}, True),
+    "gate, exclusive, dropout": (
+        {"attention_gate": True, "exclusive_self_attention": True, "dropout": 0.2},
+        False,
+    ),
+    "softmax dropout, packed": ({"softmax_dropout": 0.2}, True),
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("fields", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize(("fields", "packed"), COMPILED.values(), ids=COMPILED)
 def test_blocks_compile_whole_and_once_for_all_layers(fields, packed):
     torch.compiler.reset()
     config = replace(
@@ -323,6 +332,7 @@ def test_a_block_can_be_recomputed():
     batch = training_batch()
     _, expected = gradients(model, batch)
     context = model.context(batch)
+    assert context.dropout_key is not None
     x = model.embed(batch)
     for name, block in model.blocks.items():
         x = torch.utils.checkpoint.checkpoint(

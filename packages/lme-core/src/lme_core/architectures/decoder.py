@@ -117,6 +117,7 @@ class Decoder(nn.Module):
         self.linear_nll = kernels.bind(FUSED_LINEAR_CROSS_ENTROPY)
         self.linear_logits = F.linear
         self.rotary = config.rotary()
+        self.has_dropout = config.has_dropout()
         self.specs: Mapping[str, ParameterSpec] = collect_specs(self)
         self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
         if not any(p.is_meta for p in self.parameters()):
@@ -191,7 +192,8 @@ class Decoder(nn.Module):
             cu_seqlens=batch.get("cu_seqlens"),
             mask=None if cache is None else cache.mask(self.parameter_dtype()),
             valid=valid,
-            dropout_key=batch.get("dropout_key"),
+            # Without dropout no layer need make its key.
+            dropout_key=batch.get("dropout_key") if self.has_dropout else None,
             token_index=batch.get("token_index"),
         )
 

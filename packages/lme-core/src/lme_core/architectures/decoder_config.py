@@ -110,6 +110,10 @@ class DecoderConfig:
         blocks = self.mlp_blocks or (DenseMLPConfig(),)
         return blocks * self.num_layers if len(blocks) == 1 else blocks
 
+    def has_dropout(self) -> bool:
+        """Say whether anything in the blocks is dropped in training."""
+        return any(block.has_dropout() for block in (*self.mixers(), *self.mlps()))
+
     def rotary_dim(self) -> int | None:
         """Channels of a head that rotate; `None` where none do.
 

@@ -114,6 +114,10 @@ class SoftmaxAttentionConfig:
         size = self.head_size(hidden_size)
         return 1.0 / size if self.attention_multiplier_method == "1 / head_dim" else size**-0.5
 
+    def has_dropout(self) -> bool:
+        """Say whether anything is dropped in training."""
+        return self.dropout > 0 or self.softmax_dropout > 0
+
     def rotary_dim(self, settings: ModelSettings) -> int | None:
         """Channels of a head, which is what rotates unless `rope_dim` says otherwise."""
         return self.head_size(settings.hidden_size)

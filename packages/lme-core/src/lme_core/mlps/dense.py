@@ -41,6 +41,10 @@ class DenseMLPConfig:
         check_activation(self.activation_function)
         check_probability("dropout", self.dropout)
 
+    def has_dropout(self) -> bool:
+        """Say whether anything is dropped in training."""
+        return self.dropout > 0
+
     def width(self, hidden_size: int) -> int:
         """Width between the two layers in a model of that width."""
         return 4 * hidden_size if self.intermediate_size is None else self.intermediate_size
