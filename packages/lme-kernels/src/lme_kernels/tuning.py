@@ -65,12 +65,15 @@ def row_settings(
     backward = op.endswith(".backward")
     # About 4096 elements a program fill the memory pipeline without spilling registers.
     block_rows = max(1, min(16, 4096 // block_columns, next_power_of_two(rows)))
-    # The backward holds twice as many values an element: x, dy, the weight and its gradient.
+    # The backward holds more values an element: x, dy, the weight and its gradient, a gate.
     elements_per_warp = 512 if backward else 1024
+    if op == "gated_rmsnorm.backward":
+        elements_per_warp = 256
     num_warps = max(1, min(32, block_rows * block_columns // elements_per_warp))
-    # At about 90 registers a thread 24 warps are resident; one program more would run alone at the
-    # end.
-    resident = max(1, 24 // num_warps)
+    # Programs that fit on a multiprocessor together, by the registers that the compiled kernels
+    # take: 80 a thread in the leanest, up to 128. One more would run alone at the end.
+    lean = op in ("rmsnorm.backward", "p_norm.backward") and block_rows <= 2
+    resident = max(1, (24 if lean else 16) // num_warps)
     programs = min(processors * resident, -(-rows // block_rows))
     return RowSettings(block_rows, block_columns, num_warps, max(1, programs))
 

@@ -460,7 +460,7 @@ def _backward_one(grad, x, weight, cos, sin, eps, channels):
     layout = HeadLayout.of(R, D, channels)
     block_heads = layout.block_heads(N)
     num_warps = max(1, min(8, block_heads * D // 512))
-    programs = min(B * S, num_processors(x.device) * (32 // num_warps))
+    programs = min(B * S, num_processors(x.device) * (16 // num_warps))
     num_partials = 0 if weight is None else programs
     partials = torch.empty((num_partials, D), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
