@@ -103,6 +103,7 @@ def layer_sizes(config: Config) -> list[dict[str, int]]:
             "num_key_value_heads": integer(mixer, "num_key_value_heads"),
             "head_dim": head_dim(config, mixer),
             "intermediate_size": mlp_width(config, mlp),
+            **({"num_experts": integer(mlp, "num_experts")} if "num_experts" in mlp else {}),
         }
         for mixer, mlp in zip(mixers, mlps, strict=True)
     ]
