@@ -50,7 +50,7 @@ def reduced(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
 
 def owned_labels(labels: Tensor, V: int, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
     """Return labels counted from the shard's first class, and which of them it holds."""
-    local = labels - shard.start
+    local = labels.to(torch.int64) - shard.start
     owned = (local >= 0) & (local < V)
     return local.where(owned, 0), owned
 
@@ -81,7 +81,8 @@ def _statistics(
     V, shard = scores.shape[-1], options.shard
     if shard is None:
         # An ignored row may hold any label: it reads class 0 and is masked.
-        at_label = scores.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1)
+        index = labels.where(valid, 0).to(torch.int64)
+        at_label = scores.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         mean = scores.mean(dim=-1) if options.label_smoothing else None
         return torch.logsumexp(scores, dim=-1), at_label, mean
     local, owned = owned_labels(labels, V, shard)

@@ -26,8 +26,9 @@ from lme_kernels.ops.fused_linear_cross_entropy.linear import (
 )
 from lme_kernels.tuning import next_power_of_two
 
-# A program holds this much of a row, with 32 bytes of bf16 a thread in flight.
-BLOCK = 8192
+# What a program holds of a row: 32 bytes of bf16 a thread, 32 KiB in flight on a multiprocessor
+# that works at one row.
+BLOCK = 16384
 ELEMENTS_PER_WARP = 512
 # Share of the device's cache that rows in work may take.
 CACHE_SHARE = 0.8
@@ -63,7 +64,8 @@ def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def shared_programs(V: int, element_bytes: int, warps: int, device: torch.device) -> int:
     """Programs that share the rows of a chunk, so that the rows in work fit into the cache."""
     processors = num_processors(device)
-    resident = max(1, 64 // warps)
+    # By registers, of which a thread takes up to 64.
+    resident = max(1, 32 // warps)
     if device.type == "cuda":
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         fitting = int(CACHE_SHARE * cache_bytes) // (processors * V * element_bytes)
@@ -101,10 +103,14 @@ def _head(labels, options):
                 options=options,
             )
             return losses, None
-        block = max(16, min(BLOCK, next_power_of_two(V)))
-        warps = max(1, block // ELEMENTS_PER_WARP)
-        programs = min(T, shared_programs(V, logits.element_size(), warps, logits.device))
         smoothing = options.label_smoothing
+        # Bounds and a further sum take registers: half as many elements a thread.
+        share = 2 if smoothing or options.softcap is not None else 1
+        block = max(16, min(BLOCK // share, next_power_of_two(V)))
+        # A program has at most 1024 threads; AMD's warps are of 64.
+        most = 32 if torch.version.hip is None else 16
+        warps = max(1, min(most, block * share // ELEMENTS_PER_WARP))
+        programs = min(T, shared_programs(V, logits.element_size(), warps, logits.device))
         loss_and_gradient_kernel[(programs,)](
             logits,
             chosen,

@@ -82,7 +82,7 @@ def _log_probabilities(
     V, shard, smoothing = scores.shape[-1], options.shard, options.label_smoothing
     if shard is None:
         # An ignored row may hold any label: it reads class 0 and is masked.
-        local, owned = labels.where(valid, 0), valid
+        local, owned = labels.where(valid, 0).to(torch.int64), valid
         log_p = torch.log_softmax(scores, dim=-1)
         at_label = log_p.gather(-1, local.unsqueeze(-1)).squeeze(-1)
         losses = (smoothing - 1.0) * at_label

@@ -38,13 +38,16 @@ def pair_statistics(
     DIRECTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Both log-partitions, and the divergence where one look at the row gives it, else 0."""
+    """Statistics of two rows.
+
+    Both log-partitions; the divergence where one look at the rows gives it, else 0; and the mean
+    difference of scores under the distribution that the direction names first.
+    """
     columns = tl.arange(0, BLOCK)
     maximum = tl.full((BLOCK,), LOWEST, dtype=tl.float32)
     partition = tl.zeros((BLOCK,), dtype=tl.float32)
     other_maximum = tl.full((BLOCK,), LOWEST, dtype=tl.float32)
     other_partition = tl.zeros((BLOCK,), dtype=tl.float32)
-    # Sum of the difference of scores, under the distribution that is named first.
     difference = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, V, BLOCK):
         s, t = pair_at(row_ptr, other_ptr, start + columns, V, width, other_width, logit_scale)
@@ -66,11 +69,14 @@ def pair_statistics(
     # Of the student over the teacher; the maxima are subtracted before the logarithms.
     log_ratio = (largest - other_largest) + tl.log(total / other_total)
     loss = 0.0
+    mean = 0.0
     if DIRECTION == STUDENT_TEACHER:
-        loss = tl.sum(difference * decay, axis=0) / total - log_ratio
+        mean = tl.sum(difference * decay, axis=0) / total
+        loss = mean - log_ratio
     if DIRECTION == TEACHER_STUDENT:
-        loss = tl.sum(difference * other_decay, axis=0) / other_total + log_ratio
-    return largest + tl.log(total), other_largest + tl.log(other_total), loss
+        mean = tl.sum(difference * other_decay, axis=0) / other_total
+        loss = mean + log_ratio
+    return largest + tl.log(total), other_largest + tl.log(other_total), loss, mean
 
 
 @triton.jit
@@ -106,12 +112,25 @@ def mixture_statistics(
 
 
 @triton.jit
-def divergence_gradient(log_p, log_q, along, beta, log_beta, log_rest, DIRECTION: tl.constexpr):
+def divergence_gradient(
+    s,
+    t,
+    log_partition,
+    other_log_partition,
+    along,
+    beta,
+    log_beta,
+    log_rest,
+    DIRECTION: tl.constexpr,
+):
     """Gradient of the divergence by the student's scores; `along` is the slope's mean under p."""
+    log_p = s - log_partition
+    log_q = t - other_log_partition
     p = tl.exp(log_p)
     gradient = p - tl.exp(log_q)
     if DIRECTION == STUDENT_TEACHER:
-        gradient = tl.where(p > 0, p * (log_p - log_q - along), 0.0)
+        # The log-partitions cancel, and with them their rounding.
+        gradient = tl.where(p > 0, p * (s - t - along), 0.0)
     if DIRECTION == JSD:
         slope = (1.0 - beta) * (log_p - log_of_mixture(log_p, log_q, log_beta, log_rest))
         gradient = tl.where(p > 0, p * (slope - along), 0.0)
@@ -156,10 +175,9 @@ def divergence_kernel(
                     zeros = tl.zeros((BLOCK,), dtype=tl.float32)
                     tl.store(row_ptr + offsets, zeros, mask=offsets < width)
         else:
-            log_partition, other_log_partition, loss = pair_statistics(
+            log_partition, other_log_partition, loss, along = pair_statistics(
                 row_ptr, other_ptr, V, width, other_width, logit_scale, DIRECTION, BLOCK
             )
-            along = loss
             if DIRECTION == JSD:
                 along, loss = mixture_statistics(
                     row_ptr,
@@ -184,8 +202,10 @@ def divergence_kernel(
                     offsets = start + columns
                     s, t = pair_at(row_ptr, other_ptr, offsets, V, width, other_width, logit_scale)
                     gradient = divergence_gradient(
-                        s - log_partition,
-                        t - other_log_partition,
+                        s,
+                        t,
+                        log_partition,
+                        other_log_partition,
                         along,
                         beta,
                         log_beta,

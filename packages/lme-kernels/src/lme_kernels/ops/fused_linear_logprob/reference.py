@@ -37,7 +37,7 @@ def _evaluate(
         logits: Tensor, rows: slice, row_weights: Tensor | None, factor: float, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
         valid = labels[rows] != options.ignore_index
-        chosen = labels[rows].where(valid, 0).unsqueeze(-1)
+        chosen = labels[rows].where(valid, 0).to(torch.int64).unsqueeze(-1)
         scores = logits.to(compute_dtype(logits.dtype)) / options.temperature
         log_p = torch.log_softmax(scores, dim=-1)
         results = log_p.gather(-1, chosen).squeeze(-1).where(valid, 0.0)

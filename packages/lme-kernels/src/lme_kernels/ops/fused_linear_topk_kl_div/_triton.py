@@ -78,7 +78,7 @@ def _head(labels, teacher_idx, teacher_logprob, options):
         valid = labels[rows] != options.ignore_index
         log_q = teacher_logprob[rows].to(torch.float32)
         known = log_q > -torch.inf
-        chosen = teacher_idx[rows].where(known, 0)
+        chosen = teacher_idx[rows].where(known, 0).to(torch.int64)
         parts = torch.empty((4, T), dtype=torch.float32, device=logits.device)
         launch_statistics(logits, None, None, None, parts, width=width, options=as_loss)
         log_partition = parts[0] + torch.log(parts[1])

@@ -93,7 +93,7 @@ def _evaluate(
     ) -> tuple[Tensor, Tensor | None]:
         valid = labels[rows] != options.ignore_index
         log_q = teacher_logprob[rows].to(dtype)
-        chosen = teacher_idx[rows].where(log_q > -torch.inf, 0)
+        chosen = teacher_idx[rows].where(log_q > -torch.inf, 0).to(torch.int64)
         scores = logits.to(dtype) / options.temperature
         log_partition = torch.logsumexp(scores, dim=-1)
         at_chosen = scores.gather(-1, chosen)
