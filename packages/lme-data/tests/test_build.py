@@ -97,6 +97,30 @@ def test_validation_can_pass_every_dataset_once(write_corpus):
     assert loaders.val.num_samples == 2 * ((80 - 1) // 8)
 
 
+def test_entry_without_a_split_leaves_it_to_the_others(write_corpus):
+    one, two = write_corpus([10] * 80, "one"), write_corpus([10] * 80, "two", first=10_000)
+    has_val = megatron("a", 1, train_data_path=[one], val_data_path=[one])
+    has_none = megatron("b", 9, train_data_path=[two])
+    loaders = build([has_val, has_none], eval_steps=100)
+    assert loaders.val is not None
+    # Every sample of the one epoch, although the entry's share of training is a tenth.
+    assert loaders.val.num_samples == (800 - 1) // 8
+    assert sum(int((batch["labels"] != -100).sum()) for batch in loaders.val) == 8 * 99
+    neither = [megatron("a", train_data_path=[one]), megatron("b", train_data_path=[two])]
+    assert build(neither).val is None
+
+
+def test_every_dataset_once_of_corpora_one_after_another(write_corpus):
+    one, two = write_corpus([10] * 80, "one"), write_corpus([10] * 80, "two", first=10_000)
+    entries = [
+        megatron("a", 1, train_data_path=[one], val_data_path=[one, two]),
+        megatron("b", 1, train_data_path=[one], val_data_path=[two]),
+    ]
+    loaders = build(entries, ignore_sampling_proportion_for_validation=True, eval_steps=2)
+    assert loaders.val is not None
+    assert sum(int((batch["labels"] != -100).sum()) for batch in loaders.val) > 0
+
+
 def test_validation_groups_of_weighted_split_paths(write_corpus):
     one, two = write_corpus([10] * 80, "one"), write_corpus([10] * 80, "two", first=10_000)
     groups = [{"code": [1, two]}, {"both": [0.5, one, 0.5, two]}]

@@ -69,5 +69,7 @@ def test_wrong_arguments_are_refused(text, tmp_path):
         train_byte_level_bpe([text], vocab_size=300, eos_token="<end>")
     with pytest.raises(ValueError, match="is not a tokenizer file"):
         load_tokenizer(text)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_tokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match="`additional_special_tokens`"):
         TokenizerArgs(additional_special_tokens=["a", "a"])

@@ -151,8 +151,9 @@ class Mixture(Generic[Source]):
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples of all sources together, each passed once."""
-        return sum(source.samples_per_epoch for source in self.sources)
+        """Samples of all sources together, each passed once, if there are so many."""
+        total = sum(source.samples_per_epoch for source in self.sources)
+        return total if self.num_samples is None else min(total, self.num_samples)
 
     def describe(self) -> dict[str, object]:
         """What the order depends on; in the stable order the weights may change."""

@@ -216,13 +216,15 @@ class TokenOpener(Opener[TokenSource]):
     ) -> list[tuple[DatasetArgs, TokenSource]]:
         """Open every entry that has the split, for `num_samples` of the mixture."""
         total = 1 if num_samples is None else num_samples
-        wanted = [total]
-        if len(self._entries) > 1:
-            sizes = [entry.count_tokens(split) for entry in self._entries]
-            shares = self.ratios(self._entries, sizes)
+        entries, wanted = self._entries, [total]
+        if len(entries) > 1:
+            # Shares are of the entries that have the split: the others ask for nothing.
+            counts = {entry.data_name: entry.count_tokens(split) for entry in entries}
+            entries = [entry for entry in entries if counts[entry.data_name]]
+            shares = self.ratios(entries, [counts[entry.data_name] for entry in entries])
             wanted = [each[0] for each in blend_sizes(shares, [total])]
         opened = []
-        for entry, samples in zip(self._entries, wanted, strict=True):
+        for entry, samples in zip(entries, wanted, strict=True):
             source = entry.open_tokens(split, samples, self._context)
             if source is not None:
                 opened.append((entry, source))

@@ -124,9 +124,13 @@ def load_tokenizer(
         ValueError: If nothing is found there, or the file is no tokenizer.
     """
     path = Path(name)
-    if path.is_dir() and not (path / "tokenizer.json").exists():
-        return _from_transformers(str(name), additional_special_tokens)
-    if not path.exists():
+    # Hub names are `name` or `owner/name`.
+    if not path.exists() and (len(path.parts) > 2 or path.parts[0] in ("..", "~")):
+        raise ValueError(
+            f"`tokenizer_name`: {name} does not exist: give a `tokenizer.json`, a folder that "
+            "holds one, or a hub name"
+        )
+    if not path.exists() or (path.is_dir() and not (path / "tokenizer.json").exists()):
         return _from_transformers(str(name), additional_special_tokens)
     directory = path if path.is_dir() else path.parent
     file = path / "tokenizer.json" if path.is_dir() else path
