@@ -124,7 +124,11 @@ class Opener(ABC, Generic[Source]):
         wanted = None if steps is None else steps * sizes.global_batch_size
         opened = self.open_split(split, wanted)
         if not opened:
-            logger.warning("no data for evaluation: split=%s; it is left out", split)
+            logger.log(
+                logging.WARNING if split == "val" else logging.INFO,
+                "no data for evaluation: split=%s; it is left out",
+                split,
+            )
             return None
         sources = [source for _, source in opened]
         if len(sources) > 1 and is_each_once:

@@ -125,7 +125,7 @@ def load_tokenizer(
     """
     path = Path(name)
     # Hub names are `name` or `owner/name`.
-    if not path.exists() and (len(path.parts) > 2 or path.parts[0] in ("..", "~")):
+    if not path.exists() and (len(path.parts) > 2 or str(name).startswith(("..", "~"))):
         raise ValueError(
             f"`tokenizer_name`: {name} does not exist: give a `tokenizer.json`, a folder that "
             "holds one, or a hub name"
