@@ -5,7 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from lme_kernels.functional import fused_linear_cross_entropy
-from lme_kernels.ops.fused_linear_cross_entropy import FUSED_LINEAR_CROSS_ENTROPY, chunks
+from lme_kernels.ops.fused_linear_cross_entropy import (
+    FUSED_LINEAR_CROSS_ENTROPY,
+    chunks,
+    linear,
+)
 from lme_kernels.testing import (
     assert_matches,
     check_against_reference,
@@ -112,6 +116,44 @@ def test_kernels_match_the_reference(backend, options):
                 backend=backend,
                 dtype=dtype,
             )
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=named)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_may_lie_in_one_buffer_with_padded_rows(backend, options, monkeypatch):
+    """As they do on a GPU: chunk after chunk in the same memory, rows at multiples of 64."""
+    monkeypatch.setattr(linear, "_takes_one_buffer", lambda x: True)
+    x, weight, labels = (each.to(device_for(backend)) for each in call())
+    kept = poison_empty_memory(monkeypatch)
+    for reduction in ("sum", "none"):
+        exact = results(dense, x.double(), weight.double(), labels, reduction=reduction, **options)
+        ours = results(
+            fused_linear_cross_entropy,
+            x,
+            weight,
+            labels,
+            reduction=reduction,
+            backend=backend,
+            **options,
+        )
+        for actual, expected in zip(ours, exact, strict=True):
+            assert_matches(actual, expected.float())
+    assert kept
+
+
+def poison_empty_memory(monkeypatch):
+    """What stands in the padding must not matter, so let it be the worst."""
+    new_empty, made = torch.Tensor.new_empty, []
+
+    def poisoned(self, size, **options):
+        tensor = new_empty(self, size, **options)
+        if isinstance(size, tuple) and len(size) == 2 and tensor.is_floating_point():
+            made.append(tensor.fill_(float("nan")))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    return made
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -312,8 +354,6 @@ def test_large_vocabularies_on_a_gpu(T, H, V, accumulate):
 
 @pytest.mark.gpu
 def test_products_add_to_float32_as_they_are(monkeypatch):
-    from lme_kernels.ops.fused_linear_cross_entropy import linear
-
     x = torch.randn(96, 80, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn(96, 1000, device="cuda", dtype=torch.bfloat16)
     expected = 2 * (grad.double().t() @ x.double())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lme_kernels.functional import fused_linear_kl_div
-from lme_kernels.ops.fused_linear_cross_entropy import chunks
+from lme_kernels.ops.fused_linear_cross_entropy import chunks, linear
 from lme_kernels.ops.fused_linear_kl_div import FUSED_LINEAR_KL_DIV
 from lme_kernels.testing import (
     assert_matches,
@@ -99,7 +99,11 @@ def test_the_reference_is_the_definition(options, reduction):
 @pytest.mark.parametrize("chunked", [4], indirect=True)
 @pytest.mark.parametrize("options", DIRECTIONS, ids=named)
 @pytest.mark.parametrize("backend", fused_backends(FUSED_LINEAR_KL_DIV))
-def test_kernels_match_the_reference(backend, options):
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_match_the_reference(backend, padded, options, monkeypatch):
+    if padded:
+        # As on a GPU: logits in one buffer, rows at multiples of 64.
+        monkeypatch.setattr(linear, "_takes_one_buffer", lambda x: True)
     for dtype in dtypes_for(backend):
         for reduction in ("mean", "none"):
             check_against_reference(

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from lme_kernels.functional import fused_linear_logprob
-from lme_kernels.ops.fused_linear_cross_entropy import chunks
+from lme_kernels.ops.fused_linear_cross_entropy import chunks, linear
 from lme_kernels.ops.fused_linear_logprob import FUSED_LINEAR_LOGPROB
 from lme_kernels.testing import (
     assert_matches,
@@ -73,7 +73,11 @@ def test_the_reference_is_the_dense_formula(temperature):
 @pytest.mark.parametrize("chunked", [4], indirect=True)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("backend", fused_backends(FUSED_LINEAR_LOGPROB))
-def test_kernels_match_the_reference(backend, entropy):
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_match_the_reference(backend, padded, entropy, monkeypatch):
+    if padded:
+        # As on a GPU: logits in one buffer, rows at multiples of 64.
+        monkeypatch.setattr(linear, "_takes_one_buffer", lambda x: True)
     for dtype in dtypes_for(backend):
         check_against_reference(
             fused_linear_logprob,

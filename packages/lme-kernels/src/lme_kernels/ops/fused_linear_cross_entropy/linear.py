@@ -142,7 +142,7 @@ def chunk_logits(x: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
         Takes a slice of rows, the first as long as any, and returns their logits, shape (n, V),
         which are there until the next call.
     """
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if not _takes_one_buffer(x):
         return lambda rows: x[rows] @ weight.t()
     V = weight.shape[0]
     # Rows start at multiples of 128 bytes, whatever the number of classes: matrix products and
@@ -275,6 +275,10 @@ class _ByRow(torch.autograd.Function):
         )
         absent = (None,) * (len(ctx.needs_input_grad) - 2)
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), *absent
+
+
+def _takes_one_buffer(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def _add_product(
