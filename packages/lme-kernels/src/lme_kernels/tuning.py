@@ -69,7 +69,9 @@ def row_settings(
     elements_per_warp = 512 if backward else 1024
     if op == "gated_rmsnorm.backward":
         elements_per_warp = 256
-    num_warps = max(1, min(32, block_rows * block_columns // elements_per_warp))
+    # 1024 threads a program at most: AMD's wavefronts have 64.
+    most = 16 if torch.version.hip else 32
+    num_warps = max(1, min(most, block_rows * block_columns // elements_per_warp))
     # Programs that fit on a multiprocessor together, by the registers that the compiled kernels
     # take: 80 a thread in the leanest, up to 128. One more would run alone at the end.
     lean = op in ("rmsnorm.backward", "p_norm.backward") and block_rows <= 2

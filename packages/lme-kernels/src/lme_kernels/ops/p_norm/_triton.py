@@ -48,7 +48,7 @@ def _power(x, P: tl.constexpr):
     elif P == 4.0:
         y = x * x * x * x
     else:
-        y = tl.exp2(P * tl.log2(x))
+        y = tl.where(x > 0.0, tl.exp2(P * tl.log2(tl.where(x > 0.0, x, 1.0))), 0.0)
     return y
 
 
@@ -64,7 +64,7 @@ def _norm(x, P: tl.constexpr):
     elif P == 2.0:
         root = tl.sqrt(total)
     else:
-        root = tl.where(total > 0.0, tl.exp2(tl.log2(total) / P), 0.0)
+        root = tl.where(total > 0.0, tl.exp2(tl.log2(tl.where(total > 0.0, total, 1.0)) / P), 0.0)
     return root * largest
 
 

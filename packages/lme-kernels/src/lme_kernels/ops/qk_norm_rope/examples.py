@@ -19,19 +19,19 @@ def examples(normal: Callable[..., Tensor]) -> list[Example]:
     return [
         Example(
             "all channels",
-            (normal(2, 5, 4, 16), normal(2, 5, 2, 16), normal(16), normal(16), *angles(5, 16)),
+            (normal(2, 2, 4, 16), normal(2, 2, 2, 16), normal(16), normal(16), *angles(2, 16)),
             {},
             (4, 5),
         ),
         Example(
             "last channels",
-            (normal(2, 3, 6, 24), normal(2, 3, 3, 24), normal(24), normal(24), *angles(3, 10)),
+            (normal(1, 3, 6, 24), normal(1, 3, 3, 24), normal(24), normal(24), *angles(3, 10)),
             {"channels": "last", "eps": 1e-5},
             (4, 5),
         ),
         Example(
             "first channels, positions by row",
-            (normal(2, 3, 5, 24), normal(2, 3, 1, 24), normal(24), normal(24), *angles(2, 3, 8)),
+            (normal(2, 2, 5, 24), normal(2, 2, 1, 24), normal(24), normal(24), *angles(2, 2, 8)),
             {"channels": "first"},
             (4, 5),
         ),
@@ -44,10 +44,10 @@ def examples(normal: Callable[..., Tensor]) -> list[Example]:
         Example(
             "heads of one tensor",
             (
-                *normal(2, 5, 6, 16).split((4, 2), dim=2),
+                *normal(1, 3, 6, 16).split((4, 2), dim=2),
                 normal(16),
                 normal(16),
-                *angles(5, 16),
+                *angles(3, 16),
             ),
             {},
             (4, 5),

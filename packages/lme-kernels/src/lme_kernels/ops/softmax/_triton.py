@@ -52,6 +52,13 @@ def _scores(x_ptr, mask, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     return tl.where(mask, x, float("-inf")), slope
 
 
+@triton.jit
+def _largest(x):
+    """Largest score of each row; 0 where all are -inf, which makes 0 / 0 of them."""
+    largest = tl.max(x, axis=1, keep_dims=True)
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr,
@@ -69,8 +76,7 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < columns)
     x, _ = _scores(x_ptr + row * x_stride + column, mask, scale, softcap, HAS_SOFTCAP)
-    # Rows past the end hold only -inf: they compute NaN, which is not stored.
-    powers = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    powers = tl.exp(x - _largest(x))
     y = powers / tl.sum(powers, axis=1, keep_dims=True)
     tl.store(y_ptr + row * columns + column, y, mask=mask)
 
@@ -95,7 +101,7 @@ def _backward_kernel(
     mask = (row < rows) & (column < columns)
     x, slope = _scores(x_ptr + row * x_stride + column, mask, scale, softcap, HAS_SOFTCAP)
     grad = tl.load(grad_y_ptr + row * grad_y_stride + column, mask=mask, other=0.0).to(tl.float32)
-    powers = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    powers = tl.exp(x - _largest(x))
     y = powers / tl.sum(powers, axis=1, keep_dims=True)
     along = tl.sum(grad * y, axis=1, keep_dims=True)
     grad_x = y * (grad - along) * slope * scale
