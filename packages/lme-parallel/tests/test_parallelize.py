@@ -340,7 +340,7 @@ def test_a_model_with_values_keeps_them():
         assert torch.equal(each, before[name])
 
 
-def test_frozen_parameters_are_not_trained():
+def test_frozen_parameters_are_saved_and_get_no_gradient():
     model = reference()
     model.blocks["0"].linear.bias.requires_grad_(False)
     args = DistributedArgs()
@@ -352,7 +352,10 @@ def test_frozen_parameters_are_not_trained():
         dtype=torch.float32,
         initial_value=initial_value,
     )
-    assert "blocks.0.linear.bias" not in runtime.named_parameters()
+    runtime.forward_backward(Objective(), batches())
+    found = {name: each.grad is None for name, each in runtime.named_parameters().items()}
+    assert found.pop("blocks.0.linear.bias")
+    assert not any(found.values())
 
 
 @pytest.mark.parametrize("method", ["block", "full"])

@@ -103,10 +103,10 @@ class DistributedRuntime:
         self._masters = masters
         self._scaler = scaler
         named = model.named_parameters() if masters is None else masters.named_parameters().items()
-        self._parameters = {name: each for name, each in named if each.requires_grad}
+        self._parameters = dict(named)
 
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return the parameters that the optimizer updates, by name."""
+        """Return the fp32 parameters by name, frozen ones too, as they are saved as well."""
         return self._parameters
 
     def named_buffers(self) -> Mapping[str, Tensor]:

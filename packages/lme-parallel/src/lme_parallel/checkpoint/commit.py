@@ -27,7 +27,7 @@ from lme_parallel.checkpoint.layout import (
     step_of,
 )
 
-_SYNC_THREADS = 8
+_SYNC_THREADS = 16
 _WORKING_VERSIONS = {FORMAT_VERSION: "0.1"}
 
 
@@ -59,14 +59,15 @@ def sync_all(root: Path, files: Iterable[str], point: Point) -> None:
         point: Called before each file and directory.
     """
     files = list(files)
-    # A file's first sync commits the file system's journal for all of them; threads overlap it
-    # with the others' data.
+    parents = {parent.as_posix() for name in files for parent in Path(name).parents}
+    # Each sync makes the disk flush its cache, also where nothing is left to write; those that
+    # wait at the same time share a flush.
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:
-        list(pool.map(sync, _announced(root, files, point)))
-    parents = {parent for name in files for parent in Path(name).parents}
-    for directory in sorted(parents, key=lambda each: -len(each.parts)):
-        point(f"sync {directory}/")
-        sync(root / directory)
+        list(
+            pool.map(
+                sync, _announced(root, [*files, *sorted(f"{each}/" for each in parents)], point)
+            )
+        )
     point("sync run directory")
     sync(root.parent)
 
