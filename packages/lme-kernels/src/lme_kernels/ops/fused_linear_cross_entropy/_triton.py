@@ -80,7 +80,9 @@ def _evaluate(
     labels = labels.contiguous()
     if options.shard is not None:
         head = _sharded_head(labels, options)
-        return evaluate(head, x, weight, weights, needs_x, needs_weight, accumulate, gain)
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device_of(x):
+            return evaluate(head, x, weight, weights, needs_x, needs_weight, accumulate, gain)
     losses, grad_x, grad_weight = _rows(
         x, weight, labels, weights, needs_x, needs_weight, accumulate, gain, *options[:5]
     )

@@ -59,7 +59,9 @@ def _evaluate(
     labels = labels.contiguous()
     if options.provider is not None:
         head = _head(labels, (), options)
-        return evaluate(head, x, weight, weights, needs_x, needs_weight, accumulate, gain)
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device_of(x):
+            return evaluate(head, x, weight, weights, needs_x, needs_weight, accumulate, gain)
     losses, grad_x, grad_weight = _rows(
         x,
         weight,

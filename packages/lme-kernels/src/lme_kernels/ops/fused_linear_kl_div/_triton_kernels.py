@@ -68,8 +68,8 @@ def pair_statistics(
     other_total = tl.sum(other_partition * other_decay, axis=0)
     # Of the student over the teacher; the maxima are subtracted before the logarithms.
     log_ratio = (largest - other_largest) + tl.log(total / other_total)
-    loss = 0.0
-    mean = 0.0
+    loss = tl.zeros((), dtype=tl.float32)
+    mean = tl.zeros((), dtype=tl.float32)
     if DIRECTION == STUDENT_TEACHER:
         mean = tl.sum(difference * decay, axis=0) / total
         loss = mean - log_ratio
