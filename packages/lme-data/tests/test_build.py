@@ -244,5 +244,7 @@ def test_fill_in_the_middle_needs_its_tokens(write_corpus, tokenizer):
     entry = megatron(data_path=prefix, fim_rate=1.0)
     with pytest.raises(ValueError, match="`fim_rate` needs a tokenizer"):
         build([entry])
+    with pytest.raises(ValueError, match="must hold the tokenizer's 300 ids"):
+        build([entry], tokenizer=tokenizer, vocab_size=299)
     batch = next(build([entry], tokenizer=tokenizer, vocab_size=300).train)
     assert (batch["input_ids"] == tokenizer.token_id("<fim_prefix>")).any()

@@ -29,6 +29,8 @@ def megatron(**class_args):
         ({"sequence_length": 0}, "sequence_length"),
         ({"eval_steps": -1}, "eval_steps"),
         ({"num_workers": -1}, "num_workers"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
         ({"fim_rate": 1.5}, "fim_rate"),
         ({"fim_spm_rate": -0.1}, "fim_spm_rate"),
         ({"data_path": None}, "data_path"),

@@ -64,6 +64,8 @@ class MegatronClassArgs:
             raise ValueError(f"`eval_steps` must be 0 or more, got {self.eval_steps}")
         if self.num_workers < 0:
             raise ValueError(f"`num_workers` must be 0 or more, got {self.num_workers}")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must be 0 to 2**32 - 1, got {self.seed}")
         for setting, rate in (("fim_rate", self.fim_rate), ("fim_spm_rate", self.fim_spm_rate)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"`{setting}` must lie between 0 and 1, got {rate}")
@@ -280,6 +282,12 @@ class MegatronDatasetArgs:
             return None
         if context.tokenizer is None:
             raise ValueError("`fim_rate` needs a tokenizer: give `tokenizer_args.tokenizer_name`")
+        needed = context.tokenizer.vocab_size
+        if context.vocab_size is not None and needed > context.vocab_size:
+            raise ValueError(
+                f"`fim_rate` encodes text anew: `vocab_size` {context.vocab_size} must hold the "
+                f"tokenizer's {needed} ids"
+            )
         return FillInTheMiddle(
             context.tokenizer,
             rate=self.class_args.fim_rate,
