@@ -134,7 +134,9 @@ def test_a_call_does_not_wait_for_the_device_and_can_be_captured(op, backend):
             weights.extend(torch.ones_like(each) for each in outputs)
         if not leaves:
             return outputs
-        return (*outputs, *torch.autograd.grad(outputs, leaves, weights))
+        pairs = [each for each in zip(outputs, weights, strict=True) if each[0].requires_grad]
+        differentiable, factors = zip(*pairs, strict=True)
+        return (*outputs, *torch.autograd.grad(differentiable, leaves, factors))
 
     weights = []
     expected = [each.clone() for each in step(weights)]

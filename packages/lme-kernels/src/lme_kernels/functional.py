@@ -26,6 +26,7 @@ from lme_kernels.ops.gated_rmsnorm import GATED_RMSNORM, gated_rmsnorm
 from lme_kernels.ops.geglu import GEGLU, geglu
 from lme_kernels.ops.layernorm import LAYERNORM, layernorm
 from lme_kernels.ops.p_norm import P_NORM, p_norm
+from lme_kernels.ops.pack_sequence import PACK_SEQUENCE, pack_sequence
 from lme_kernels.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
 from lme_kernels.ops.relu_squared import RELU_SQUARED, relu_squared
 from lme_kernels.ops.rmsnorm import RMSNORM, rmsnorm
@@ -33,6 +34,7 @@ from lme_kernels.ops.rope import ROPE, rope
 from lme_kernels.ops.softmax import SOFTMAX, softmax
 from lme_kernels.ops.swiglu import SWIGLU, swiglu
 from lme_kernels.ops.swiglu_packed import SWIGLU_PACKED, swiglu_packed
+from lme_kernels.ops.unpack_sequence import UNPACK_SEQUENCE, unpack_sequence
 
 ALL_OPS: Mapping[str, Op] = MappingProxyType(
     {
@@ -49,6 +51,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             GEGLU,
             LAYERNORM,
             P_NORM,
+            PACK_SEQUENCE,
             QK_NORM_ROPE,
             RELU_SQUARED,
             RMSNORM,
@@ -56,6 +59,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             SOFTMAX,
             SWIGLU,
             SWIGLU_PACKED,
+            UNPACK_SEQUENCE,
         )
     }
 )

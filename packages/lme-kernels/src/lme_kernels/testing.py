@@ -79,10 +79,14 @@ def assert_matches(
 
     Raises:
         AssertionError: If shape or dtype differ, or the relative root mean square error is more
-            than twice that of `reference` and above the floor of the dtype.
+            than twice that of `reference` and above the floor of the dtype; or integers differ.
     """
     if actual.dtype != reference.dtype:
         raise AssertionError(f"{name}: dtype {actual.dtype} should be {reference.dtype}")
+    if not actual.is_floating_point():
+        if not torch.equal(actual, reference):
+            raise AssertionError(f"{name}: integers differ")
+        return
     floor = FLOORS[actual.dtype]
     error = relative_error(actual, reference if exact is None else exact)
     allowed = floor if exact is None else max(2.0 * relative_error(reference, exact), floor)
@@ -136,7 +140,12 @@ def run(
         weight = torch.randn(output.shape, generator=generator, dtype=torch.float32)
         rounded = weight.to(weight_dtype or output.dtype)
         weights.append(rounded.to(device=output.device, dtype=output.dtype))
-    gradients = torch.autograd.grad(outputs, leaves, weights) if leaves else ()
+    # Indices and counts among the outputs have no gradient.
+    pairs = [each for each in zip(outputs, weights, strict=True) if each[0].requires_grad]
+    gradients = ()
+    if pairs:
+        differentiable, factors = zip(*pairs, strict=True)
+        gradients = torch.autograd.grad(differentiable, leaves, factors)
     return Run(outputs, tuple(gradients))
 
 
