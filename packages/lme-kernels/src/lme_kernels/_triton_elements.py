@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lme_kernels._triton_rows import as_rows, num_rows
-from lme_kernels.tuning import next_power_of_two
+from lme_kernels.tuning import ceil_div, next_power_of_two
 
 # Elements a program takes: 16 bytes a thread and load in bfloat16, twice.
 BLOCK = 2048
@@ -40,7 +40,7 @@ def launch_shape(rows: int, columns: int) -> tuple[tuple[int], int, int, int]:
         The grid, the blocks a row, the elements of a block, and the warps of a program.
     """
     block = min(BLOCK, max(16, next_power_of_two(columns)))
-    blocks = triton.cdiv(columns, block)
+    blocks = ceil_div(columns, block)
     return (rows * blocks,), blocks, block, max(1, block // ELEMENTS_PER_WARP)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lme_kernels.tuning import FIXED, RowSettings, row_settings
+from lme_kernels.tuning import FIXED, RowSettings, ceil_div, row_settings
 
 # Widest row that a program keeps in registers.
 MAX_COLUMNS = 32768
@@ -93,7 +93,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     count, columns = partials.shape
     total = torch.empty(columns, dtype=dtype, device=partials.device)
     BLOCK = 32
-    _sum_kernel[(triton.cdiv(columns, BLOCK),)](
-        partials, total, count, columns, BLOCK_COUNT=64, BLOCK=BLOCK, num_warps=8
+    _sum_kernel[(ceil_div(columns, BLOCK),)](
+        partials, total, count, columns, BLOCK_COUNT=128, BLOCK=BLOCK, num_warps=8
     )
     return total

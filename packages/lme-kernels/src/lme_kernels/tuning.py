@@ -42,6 +42,11 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def ceil_div(n: int, d: int) -> int:
+    """`n / d`, rounded up; `triton.cdiv` takes microseconds on the host."""
+    return -(-n // d)
+
+
 @lru_cache(maxsize=4096)
 def row_settings(
     op: str, rows: int, columns: int, element_bytes: int, processors: int
@@ -76,7 +81,7 @@ def row_settings(
     # take: 80 a thread in the leanest, up to 128. One more would run alone at the end.
     lean = op in ("rmsnorm.backward", "p_norm.backward") and block_rows <= 2
     resident = max(1, (24 if lean else 16) // num_warps)
-    programs = min(processors * resident, -(-rows // block_rows))
+    programs = min(processors * resident, ceil_div(rows, block_rows))
     return RowSettings(block_rows, block_columns, num_warps, max(1, programs))
 
 

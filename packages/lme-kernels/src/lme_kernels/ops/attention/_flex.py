@@ -1,7 +1,7 @@
 """Attention by FlexAttention: windows, documents, bounds and sinks without a mask of all pairs."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def _block_mask(
     return _make_mask()(sees, B, None, S, S, device=query.device)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _fixed_block_mask(causal: bool, window: int | None, S: int, device: torch.device) -> BlockMask:
     return create_block_mask(_sees(causal, window, None), None, None, S, S, device=str(device))
 

@@ -10,6 +10,7 @@ from lme_kernels._triton_glu import activation, activation_slope
 from lme_kernels._triton_rows import as_rows, num_rows, settings_of, sum_partials, why_not_rows
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
+from lme_kernels.tuning import ceil_div
 
 
 def why_not(x: Tensor, gate: Tensor, weight: Tensor | None) -> str | None:
@@ -147,7 +148,7 @@ def _forward(x, gate, weight, eps, norm_before_gate):
     if rows == 0:
         return y
     settings = settings_of("gated_rmsnorm.forward", x, rows)
-    _forward_kernel[(triton.cdiv(rows, settings.block_rows),)](
+    _forward_kernel[(ceil_div(rows, settings.block_rows),)](
         x,
         gate,
         weight,

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lme_kernels._triton_rows import as_rows, num_rows, settings_of, sum_partials, why_not_rows
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
+from lme_kernels.tuning import ceil_div
 
 
 def why_not(x: Tensor, weight: Tensor | None) -> str | None:
@@ -148,7 +149,7 @@ def _forward(x, weight, p, eps):
     if rows == 0:
         return y
     settings = settings_of("p_norm.forward", x, rows)
-    _forward_kernel[(triton.cdiv(rows, settings.block_rows),)](
+    _forward_kernel[(ceil_div(rows, settings.block_rows),)](
         x,
         weight,
         y,

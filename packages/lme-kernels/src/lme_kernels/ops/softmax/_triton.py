@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lme_kernels._triton_rows import MAX_COLUMNS, as_rows, num_rows, settings_of
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
+from lme_kernels.tuning import ceil_div
 
 # Columns of one step where a row takes several.
 STEP = 8192
@@ -203,7 +204,7 @@ def _forward(x, scale, softcap):
         )
         return y
     settings = settings_of("softmax.forward", x, rows)
-    _forward_kernel[(triton.cdiv(rows, settings.block_rows),)](
+    _forward_kernel[(ceil_div(rows, settings.block_rows),)](
         x,
         y,
         x_stride,
@@ -243,7 +244,7 @@ def _backward(grad_y, x, scale, softcap):
         return grad_x
     # One pass a row, as in the forward.
     settings = settings_of("softmax.forward", x, rows)
-    _backward_kernel[(triton.cdiv(rows, settings.block_rows),)](
+    _backward_kernel[(ceil_div(rows, settings.block_rows),)](
         *arguments,
         rows,
         columns,
