@@ -5,15 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from lme_data.manifest import TokenizerInfo
 from lme_data.tokenizer import TextTokenizer, train_byte_level_bpe
 from lme_data.writer import IndexedWriter
-
-# The machine is shared: a slow example is no fault.
-settings.register_profile("lme-data", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("lme-data")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_blend_equals_the_published_one(weights, datasets, samples):
 
 
 # The loop it is compared with is slow.
-@settings(max_examples=15)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(
     raw=st.lists(st.floats(1e-7, 1.0), min_size=1, max_size=9),
     size=st.integers(4096, 9000),
@@ -69,7 +69,7 @@ def test_lanes_equal_the_loop_over_many_stretches(raw):
     assert choices.tolist() == loop(weights, 20_000)
 
 
-@settings(max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=30)
 @given(
     raw=st.lists(st.floats(1e-3, 1.0), min_size=2, max_size=6),
     first=st.integers(1, 6000),
@@ -84,6 +84,7 @@ def test_blend_goes_on_from_counts(raw, first, second):
     assert end.tolist() == total.tolist()
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     raw=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=2),
     size=st.integers(1, 3000),

@@ -29,7 +29,12 @@ def by_hand(pair, index, place, sequence_length):
     return stream[begin : begin + sequence_length + 1].tolist()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=40,
+)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     # Long samples are read by slices, short pieces by one gather.

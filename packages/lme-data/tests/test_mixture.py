@@ -69,7 +69,12 @@ def small_windows(monkeypatch):
     monkeypatch.setattr(module, "_WINDOW", 128)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     stages=st.lists(
         st.tuples(

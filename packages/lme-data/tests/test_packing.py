@@ -1,12 +1,13 @@
 """Document offsets and positions against a loop over tokens."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lme_data.packing import document_offsets, document_positions, ignore_last_labels
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     rows=st.integers(1, 4),
     length=st.integers(1, 12),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lme_data.sampling import (
@@ -101,6 +101,7 @@ def naive_index(lengths, first, last, num_samples, sequence_length, seed):
     return documents, samples, shuffle
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=25),
     cut=st.tuples(st.integers(0, 5), st.integers(0, 5)),
@@ -128,6 +129,7 @@ def test_index_equals_the_walk(lengths, cut, num_samples, sequence_length, seed)
     assert index.shuffle_index.tolist() == shuffle
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     tokens=st.integers(1, 10**13),
     sequence_length=st.integers(1, 10**6),
@@ -139,6 +141,7 @@ def test_epochs_are_the_fewest_that_suffice(tokens, sequence_length, num_samples
     assert epochs == 1 or count_samples(tokens, epochs - 1, sequence_length) < num_samples
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=25),
     sequence_length=st.integers(1, 9),
