@@ -30,6 +30,7 @@ from lme_kernels.ops.pack_sequence import PACK_SEQUENCE, pack_sequence
 from lme_kernels.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
 from lme_kernels.ops.relu_squared import RELU_SQUARED, relu_squared
 from lme_kernels.ops.rmsnorm import RMSNORM, rmsnorm
+from lme_kernels.ops.rnn import RNN, rnn
 from lme_kernels.ops.rope import ROPE, rope
 from lme_kernels.ops.softmax import SOFTMAX, softmax
 from lme_kernels.ops.swiglu import SWIGLU, swiglu
@@ -55,6 +56,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             QK_NORM_ROPE,
             RELU_SQUARED,
             RMSNORM,
+            RNN,
             ROPE,
             SOFTMAX,
             SWIGLU,
