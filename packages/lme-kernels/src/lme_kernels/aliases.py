@@ -34,6 +34,7 @@ NAMES: tuple[str, ...] = (
     "router_topk",
     "scattermoe",
     "softmax",
+    "sort_by_expert",
     "swiglu",
     "swiglu_packed",
     "unpack_sequence",

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from lme_kernels.op import Op
 from lme_kernels.ops.attention import ATTENTION, attention
+from lme_kernels.ops.continuous_count import CONTINUOUS_COUNT, continuous_count
 from lme_kernels.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
 from lme_kernels.ops.fused_linear_cross_entropy import (
     FUSED_LINEAR_CROSS_ENTROPY,
@@ -32,7 +33,9 @@ from lme_kernels.ops.relu_squared import RELU_SQUARED, relu_squared
 from lme_kernels.ops.rmsnorm import RMSNORM, rmsnorm
 from lme_kernels.ops.rnn import RNN, rnn
 from lme_kernels.ops.rope import ROPE, rope
+from lme_kernels.ops.router_topk import ROUTER_TOPK, router_topk
 from lme_kernels.ops.softmax import SOFTMAX, softmax
+from lme_kernels.ops.sort_by_expert import SORT_BY_EXPERT, sort_by_expert
 from lme_kernels.ops.swiglu import SWIGLU, swiglu
 from lme_kernels.ops.swiglu_packed import SWIGLU_PACKED, swiglu_packed
 from lme_kernels.ops.unpack_sequence import UNPACK_SEQUENCE, unpack_sequence
@@ -42,6 +45,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
         op.name: op
         for op in (
             ATTENTION,
+            CONTINUOUS_COUNT,
             CROSS_ENTROPY,
             FUSED_LINEAR_CROSS_ENTROPY,
             FUSED_LINEAR_KL_DIV,
@@ -58,7 +62,9 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             RMSNORM,
             RNN,
             ROPE,
+            ROUTER_TOPK,
             SOFTMAX,
+            SORT_BY_EXPERT,
             SWIGLU,
             SWIGLU_PACKED,
             UNPACK_SEQUENCE,
