@@ -25,6 +25,7 @@ from lme_kernels.ops.fused_residual_add_rmsnorm import (
 )
 from lme_kernels.ops.gated_rmsnorm import GATED_RMSNORM, gated_rmsnorm
 from lme_kernels.ops.geglu import GEGLU, geglu
+from lme_kernels.ops.gru import GRU, gru
 from lme_kernels.ops.layernorm import LAYERNORM, layernorm
 from lme_kernels.ops.p_norm import P_NORM, p_norm
 from lme_kernels.ops.pack_sequence import PACK_SEQUENCE, pack_sequence
@@ -54,6 +55,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             FUSED_RESIDUAL_ADD_RMSNORM,
             GATED_RMSNORM,
             GEGLU,
+            GRU,
             LAYERNORM,
             P_NORM,
             PACK_SEQUENCE,
