@@ -27,6 +27,7 @@ from lme_kernels.ops.gated_rmsnorm import GATED_RMSNORM, gated_rmsnorm
 from lme_kernels.ops.geglu import GEGLU, geglu
 from lme_kernels.ops.gru import GRU, gru
 from lme_kernels.ops.layernorm import LAYERNORM, layernorm
+from lme_kernels.ops.lstm import LSTM, lstm
 from lme_kernels.ops.p_norm import P_NORM, p_norm
 from lme_kernels.ops.pack_sequence import PACK_SEQUENCE, pack_sequence
 from lme_kernels.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
@@ -57,6 +58,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             GEGLU,
             GRU,
             LAYERNORM,
+            LSTM,
             P_NORM,
             PACK_SEQUENCE,
             QK_NORM_ROPE,
