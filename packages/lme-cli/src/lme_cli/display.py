@@ -137,6 +137,8 @@ class _Bar:
             TimeRemainingColumn(elapsed_when_finished=True),
             # Long runs must not make the estimate sluggish, short ones not jumpy.
             speed_estimate_period=60,
+            # Drawing takes time from the cores that train.
+            refresh_per_second=2,
         )
         self._progress.start()
         self._task = self._progress.add_task("", total=total, completed=step, numbers="starting")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from lme_cli.display import Progress, duration, print_next, print_table, print_warnings
 from lme_cli.loading import Loaded
+from lme_cli.quickstart import DEFAULT_PATH
+from lme_data.dataset import MegatronDatasetArgs
 
 if TYPE_CHECKING:
     from lme_cli.compose import Composed
@@ -104,7 +106,11 @@ def _finish(
     facts["trained for"] = duration(seconds)
     report = write_report(plan.save_path, title=str(plan.save_path), facts=facts, samples=samples)
     print(f"\n{plan.save_path}: step {composed.state.step:,}, {duration(seconds)}; {report}")
-    print_next(_next_commands(plan.save_path, is_quickstart=is_quickstart))
+    print_next(
+        _next_commands(
+            plan, has_tokenizer=composed.tokenizer is not None, is_quickstart=is_quickstart
+        )
+    )
 
 
 def _samples(composed: "Composed"):
@@ -125,17 +131,33 @@ def _samples(composed: "Composed"):
     return samples
 
 
-def _next_commands(save_path: Path, *, is_quickstart: bool) -> list[tuple[str, str]]:
-    train = "lme train"
-    if not is_quickstart:
-        train = f"lme train {save_path / 'run.yml'}"
-    elif str(save_path) != "lme-quickstart":
-        train += f" --set save_args.save_path={save_path}"
-    return [
-        (f'lme generate {save_path} --prompt "class Tree:"', "write text with the model"),
-        (f"lme unshard {save_path} {save_path}-model", "write it as one safetensors directory"),
-        (
-            f"{train} --set training_parameters.num_training_steps=2000",
-            "train for longer; without `--set` a stopped run continues",
-        ),
-    ]
+def _next_commands(
+    plan: "Plan", *, has_tokenizer: bool, is_quickstart: bool
+) -> list[tuple[str, str]]:
+    """Give three commands that work on what this run left behind."""
+    save_path = plan.save_path
+    found = []
+    if has_tokenizer:
+        command = f'lme generate {save_path} --prompt "class Tree:"'
+        found.append((command, "write text with the model"))
+    command = f"lme unshard {save_path} {save_path}-model"
+    found.append((command, "write it as one safetensors directory"))
+    if _may_go_on(plan):
+        steps = 2 * plan.run.training_parameters.num_training_steps
+        command = f"lme train {save_path / 'run.yml'}"
+        if is_quickstart:
+            moved = str(save_path) != Path(DEFAULT_PATH).name
+            command = "lme train" + (f" --set save_args.save_path={save_path}" if moved else "")
+        command += f" --set training_parameters.num_training_steps={steps}"
+        found.append((command, "train for longer, from where it stands"))
+    found.append((f"lme evaluate {save_path}", "measure it on its validation and test data"))
+    found.append((f"lme config show {save_path / 'run.yml'}", "see every setting it ran with"))
+    return found[:3]
+
+
+def _may_go_on(plan: "Plan") -> bool:
+    """Say whether more steps leave the order of the data as it is."""
+    return all(
+        isinstance(each, MegatronDatasetArgs) and each.class_args.order == "stable"
+        for each in plan.run.datasets
+    )
