@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from lme_kernels.op import Op
 from lme_kernels.ops.attention import ATTENTION, attention
+from lme_kernels.ops.causal_conv1d import CAUSAL_CONV1D, causal_conv1d
 from lme_kernels.ops.continuous_count import CONTINUOUS_COUNT, continuous_count
 from lme_kernels.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
 from lme_kernels.ops.fused_linear_cross_entropy import (
@@ -23,11 +24,14 @@ from lme_kernels.ops.fused_residual_add_rmsnorm import (
     FUSED_RESIDUAL_ADD_RMSNORM,
     fused_residual_add_rmsnorm,
 )
+from lme_kernels.ops.gated_delta_rule import GATED_DELTA_RULE, gated_delta_rule
 from lme_kernels.ops.gated_rmsnorm import GATED_RMSNORM, gated_rmsnorm
 from lme_kernels.ops.geglu import GEGLU, geglu
 from lme_kernels.ops.gru import GRU, gru
 from lme_kernels.ops.layernorm import LAYERNORM, layernorm
 from lme_kernels.ops.lstm import LSTM, lstm
+from lme_kernels.ops.linear_attention import LINEAR_ATTENTION, linear_attention
+from lme_kernels.ops.mamba2_ssm import MAMBA2_SSM, mamba2_ssm
 from lme_kernels.ops.p_norm import P_NORM, p_norm
 from lme_kernels.ops.pack_sequence import PACK_SEQUENCE, pack_sequence
 from lme_kernels.ops.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
@@ -47,6 +51,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
         op.name: op
         for op in (
             ATTENTION,
+            CAUSAL_CONV1D,
             CONTINUOUS_COUNT,
             CROSS_ENTROPY,
             FUSED_LINEAR_CROSS_ENTROPY,
@@ -54,11 +59,14 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             FUSED_LINEAR_LOGPROB,
             FUSED_LINEAR_TOPK_KL_DIV,
             FUSED_RESIDUAL_ADD_RMSNORM,
+            GATED_DELTA_RULE,
             GATED_RMSNORM,
             GEGLU,
             GRU,
             LAYERNORM,
             LSTM,
+            LINEAR_ATTENTION,
+            MAMBA2_SSM,
             P_NORM,
             PACK_SEQUENCE,
             QK_NORM_ROPE,

@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from lme_kernels.functional import linear_attention
+from lme_kernels.packing import cu_seqlens_from_lengths
+from lme_kernels.testing import assert_matches
+
+# Empty sequences at both ends and in the middle; one past a chunk, one that fills it.
+LENGTHS = [0, 5, 4, 0, 9, 0]
+T, N, K, V = 18, 4, 3, 5
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def naive(query, key, value, log_decay, state, scale, inclusive=True):
+    """One sequence, token by token; shapes (S, heads, ...) and (N, K, V)."""
+    heads = state.shape[0]
+    query, key, value = (
+        each.repeat_interleave(heads // each.shape[1], 1) for each in (query, key, value)
+    )
+    outputs = []
+    for t in range(query.shape[0]):
+        before = state
+        if log_decay is not None:
+            factor = log_decay[t].exp().reshape(heads, -1, 1)
+            state = factor * state
+        state = state + key[t, :, :, None] * value[t, :, None, :]
+        read = state if inclusive else before
+        outputs.append(scale * torch.einsum("nk,nkv->nv", query[t], read))
+    empty = value.new_zeros((0, heads, value.shape[-1]))
+    return (torch.stack(outputs) if outputs else empty), state
+
+
+def assert_same(ours, theirs, inputs):
+    weights = [torch.randn_like(each) for each in ours]
+    of_ours = torch.autograd.grad(ours, inputs, weights)
+    of_theirs = torch.autograd.grad(theirs, inputs, weights)
+    for mine, other in zip((*ours, *of_ours), (*theirs, *of_theirs), strict=True):
+        assert_matches(mine, other)
+
+
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_packed_sequences_are_loops_over_tokens(decay, inclusive):
+    inputs = [double(T, 2, K), double(T, 1, K), double(T, N, V), double(6, N, K, V)]
+    log_decay = None
+    if decay is not None:
+        log_decay = -double(T, N, *(() if decay == "head" else (K,))).detach().abs()
+        inputs.append(log_decay.requires_grad_())
+    query, key, value, initial = inputs[:4]
+    ours = linear_attention(
+        query,
+        key,
+        value,
+        log_decay=log_decay,
+        scale=0.7,
+        initial_state=initial,
+        return_final_state=True,
+        cu_seqlens=cu_seqlens_from_lengths(torch.tensor(LENGTHS)),
+        chunk_size=4,
+        inclusive=inclusive,
+    )
+    parts = zip(
+        *(each.split(LENGTHS) for each in (query, key, value)),
+        [None] * 6 if log_decay is None else log_decay.split(LENGTHS),
+        initial,
+        strict=True,
+    )
+    results = [naive(*part, 0.7, inclusive) for part in parts]
+    theirs = (torch.cat([y for y, _ in results]), torch.stack([state for _, state in results]))
+    assert_same(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("S", [1, 7, 8])
+def test_a_batch_is_one_sequence_a_row(S):
+    query, key, value = double(2, S, 2, K), double(2, S, 2, K), double(2, S, 1, V)
+    log_decay = (-torch.rand(2, S, 2, dtype=torch.float64)).requires_grad_()
+    ours = linear_attention(
+        query, key, value, log_decay=log_decay, return_final_state=True, chunk_size=4
+    )
+    zeros = torch.zeros(2, K, V, dtype=torch.float64)
+    rows = zip(query, key, value, log_decay, strict=True)
+    results = [naive(*row, zeros, K**-0.5) for row in rows]
+    theirs = tuple(torch.stack(each) for each in zip(*results, strict=True))
+    assert_same(ours, theirs, (query, key, value, log_decay))
+
+
+def test_what_a_token_reads_can_leave_itself_out():
+    query = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+    key = torch.tensor([[[[0.5, 0.2]], [[-0.3, 0.4]]]])
+    value = torch.tensor([[[[0.7, 0.1]], [[0.2, 0.6]]]])
+    y, state = linear_attention(
+        query, key, value, scale=1.0, return_final_state=True, inclusive=False
+    )
+    # Computed by hand: the second token reads 0.2 (0.7, 0.1).
+    torch.testing.assert_close(y, torch.tensor([[[[0.0, 0.0]], [[0.14, 0.02]]]]))
+    torch.testing.assert_close(state, torch.tensor([[[[0.29, -0.13], [0.22, 0.26]]]]))
+
+
+def test_a_strong_decay_does_not_overflow():
+    query, key, value = (torch.randn(1, 64, 1, 4, requires_grad=True) for _ in range(3))
+    log_decay = torch.full((1, 64, 1), -300.0, requires_grad=True)
+    y = linear_attention(query, key, value, log_decay=log_decay, scale=1.0)
+    # Nothing is left of the past.
+    torch.testing.assert_close(y, (query * key).sum(-1, keepdim=True) * value)
+    gradients = torch.autograd.grad(y.sum(), (query, key, value, log_decay))
+    assert all(each.isfinite().all() for each in gradients)
+
+
+def test_no_token_keeps_the_state():
+    query, initial = torch.randn(2, 0, 2, K), torch.randn(2, 2, K, V)
+    y, state = linear_attention(
+        query, query, torch.randn(2, 0, 2, V), initial_state=initial, return_final_state=True
+    )
+    assert y.shape == (2, 0, 2, V)
+    assert torch.equal(state, initial)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.randn(1, 4, 3, K)}, "`key` has 3 heads, which do not divide"),
+        ({"key": torch.randn(1, 4, 4, 2)}, "`key` must have shape"),
+        ({"value": torch.randn(4, 4, V)}, "`value` must have shape"),
+        ({"value": torch.randn(1, 4, 4, V).double()}, "`value` must have the floating-point dtype"),
+        ({"log_decay": torch.randn(1, 4, 1)}, "`log_decay` must have shape"),
+        ({"initial_state": torch.randn(1, 4, V, K)}, "`initial_state` must have shape"),
+        ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    arguments = {
+        "query": torch.randn(1, 4, 4, K),
+        "key": torch.randn(1, 4, 4, K),
+        "value": torch.randn(1, 4, 4, V),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**{**arguments, **change})

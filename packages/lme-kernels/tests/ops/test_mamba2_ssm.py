@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from lme_kernels.functional import mamba2_ssm
+from lme_kernels.packing import cu_seqlens_from_lengths
+from lme_kernels.testing import assert_matches
+
+# Empty sequences at both ends and in the middle; one past a chunk, one that fills it.
+LENGTHS = [0, 5, 4, 0, 9, 0]
+T, N, P, G, n = 18, 4, 3, 2, 5
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def naive(x, dt, B, C, state, A, D):
+    """One sequence, token by token; shapes (S, N, P), (S, N), (S, G, n) and (N, P, n)."""
+    B, C = (each.repeat_interleave(x.shape[1] // each.shape[1], 1) for each in (B, C))
+    outputs = []
+    for t in range(x.shape[0]):
+        written = dt[t, :, None, None] * x[t].unsqueeze(-1) * B[t].unsqueeze(-2)
+        state = (dt[t] * A).exp()[:, None, None] * state + written
+        outputs.append((state @ C[t].unsqueeze(-1)).squeeze(-1) + D[:, None] * x[t])
+    return (torch.stack(outputs) if outputs else torch.zeros_like(x)), state
+
+
+def test_packed_sequences_are_loops_over_tokens():
+    x, B, C, initial = double(T, N, P), double(T, G, n), double(T, G, n), double(6, N, P, n)
+    dt = torch.rand(T, N, dtype=torch.float64).requires_grad_()
+    A, D = (-torch.rand(N, dtype=torch.float64) - 0.1).requires_grad_(), double(N)
+    ours = mamba2_ssm(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D=D,
+        initial_state=initial,
+        return_final_state=True,
+        cu_seqlens=cu_seqlens_from_lengths(torch.tensor(LENGTHS)),
+        chunk_size=4,
+    )
+    parts = zip(*(each.split(LENGTHS) for each in (x, dt, B, C)), initial, strict=True)
+    results = [naive(*part, A, D) for part in parts]
+    theirs = (torch.cat([y for y, _ in results]), torch.stack([state for _, state in results]))
+    inputs = (x, dt, A, B, C, D, initial)
+    weights = [torch.randn_like(each) for each in ours]
+    of_ours = torch.autograd.grad(ours, inputs, weights)
+    of_theirs = torch.autograd.grad(theirs, inputs, weights)
+    for mine, other in zip((*ours, *of_ours), (*theirs, *of_theirs), strict=True):
+        assert_matches(mine, other)
+
+
+def test_three_steps_by_hand():
+    x = torch.tensor([[0.1, 0.2], [0.3, -0.1], [0.5, 0.4]]).view(1, 3, 1, 2)
+    dt = torch.tensor([0.5, 1.0, 0.2]).view(1, 3, 1)
+    B = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]).view(1, 3, 1, 2)
+    C = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]).view(1, 3, 1, 2)
+    y, state = mamba2_ssm(
+        x, dt, torch.tensor([-1.0]), B, C, D=torch.tensor([0.5]), return_final_state=True
+    )
+    expected = torch.tensor([[0.1, 0.2], [0.3, -0.1], [0.387869, 0.189183]])
+    torch.testing.assert_close(y.view(3, 2), expected, atol=1e-6, rtol=1e-5)
+    expected = torch.tensor([[0.137869, 0.22281], [-0.010817, 0.039063]])
+    torch.testing.assert_close(state.view(2, 2), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_no_token_keeps_the_state():
+    initial = torch.randn(2, N, P, n)
+    y, state = mamba2_ssm(
+        torch.randn(2, 0, N, P),
+        torch.rand(2, 0, N),
+        -torch.rand(N),
+        torch.randn(2, 0, G, n),
+        torch.randn(2, 0, G, n),
+        initial_state=initial,
+        return_final_state=True,
+    )
+    assert y.shape == (2, 0, N, P)
+    assert torch.equal(state, initial)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"B": torch.randn(1, 4, 3, n), "C": torch.randn(1, 4, 3, n)}, "do not divide"),
+        ({"C": torch.randn(1, 4, 1, n)}, "`C` must have shape"),
+        ({"A": torch.randn(1)}, r"`A` must have shape \(4,\), got \(1,\)"),
+        ({"dt": torch.randn(1, 4, 1)}, "`dt` must have shape"),
+        ({"initial_state": torch.randn(1, N, n, P)}, "`initial_state` must have shape"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    arguments = {
+        "x": torch.randn(1, 4, N, P),
+        "dt": torch.rand(1, 4, N),
+        "A": -torch.rand(N),
+        "B": torch.randn(1, 4, G, n),
+        "C": torch.randn(1, 4, G, n),
+    }
+    with pytest.raises(ValueError, match=message):
+        mamba2_ssm(**{**arguments, **change})
