@@ -30,6 +30,7 @@ from lme_kernels.ops.geglu import GEGLU, geglu
 from lme_kernels.ops.gru import GRU, gru
 from lme_kernels.ops.layernorm import LAYERNORM, layernorm
 from lme_kernels.ops.lstm import LSTM, lstm
+from lme_kernels.ops.m2rnn import M2RNN, m2rnn
 from lme_kernels.ops.linear_attention import LINEAR_ATTENTION, linear_attention
 from lme_kernels.ops.mamba2_ssm import MAMBA2_SSM, mamba2_ssm
 from lme_kernels.ops.p_norm import P_NORM, p_norm
@@ -65,6 +66,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             GRU,
             LAYERNORM,
             LSTM,
+            M2RNN,
             LINEAR_ATTENTION,
             MAMBA2_SSM,
             P_NORM,

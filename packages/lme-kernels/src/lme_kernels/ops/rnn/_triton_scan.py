@@ -170,7 +170,8 @@ def sum_heads(grad: Tensor, like: Tensor) -> Tensor:
     """
     if grad.shape[-2] == like.shape[-2]:
         return grad.reshape(like.shape)
-    groups = grad.reshape(*like.shape[:-1], -1, like.shape[-1])
+    size = grad.shape[-2] // like.shape[-2]
+    groups = grad.reshape(*like.shape[:-1], size, like.shape[-1])
     return groups.sum(-2, dtype=torch.float32).to(like.dtype)
 
 
@@ -188,5 +189,7 @@ def weight_gradient(before: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
     else:
         full = torch.bmm(rows.float(), columns.float())
     if full.shape[0] != weight.shape[0]:
-        full = full.reshape(weight.shape[0], -1, *weight.shape[1:]).sum(1)
+        full = full.reshape(
+            weight.shape[0], full.shape[0] // weight.shape[0], *weight.shape[1:]
+        ).sum(1)
     return full.to(weight.dtype)

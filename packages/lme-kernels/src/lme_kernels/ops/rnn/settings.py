@@ -118,6 +118,24 @@ def reloads(settings: ScanSettings, matrices: int, D: int) -> bool:
     return numbers > REGISTER_WEIGHTS
 
 
+def matrix_settings(kernel: str, K: int, V: int) -> ScanSettings:
+    """Launch settings of a recurrence whose state is a matrix, one sequence a program.
+
+    Args:
+        kernel: Name of the kernel: the op's, followed by `.forward` or `.backward`.
+        K: Rows of the state.
+        V: Columns of the state.
+
+    Returns:
+        The settings: a warp for each 16 rows that a tensor core takes, as far as registers allow.
+    """
+    fixed = FIXED.get()
+    if fixed is not None and fixed[0] == kernel:
+        return fixed[1]
+    rows, numbers = block_of(K) // 16, block_of(K) * block_of(V)
+    return ScanSettings(1, min(8, max(rows, numbers // 1024, 1)), 4)
+
+
 @contextmanager
 def using_scan(kernel: str, settings: ScanSettings) -> Iterator[None]:
     """Launch one kernel with given settings inside a `with` block, in this thread only.
