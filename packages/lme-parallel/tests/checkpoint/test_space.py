@@ -1,5 +1,6 @@
 """A disk that is full gives one clear error and keeps the last checkpoint."""
 
+import os
 import resource
 from pathlib import Path
 
@@ -76,6 +77,28 @@ def test_an_error_of_the_disk_at_any_step_is_one_error(name, fast_path):
     assert checkpoint_steps(fast_path) == [1]
     write_checkpoint(fast_path, snapshot(2), lambda name: None)
     assert newest_valid(fast_path).step == 2
+
+
+# What a file system that lost data after a sync would show.
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda root: os.truncate(root / "model/weight/c/0/0", 100), "100 bytes after 4100"),
+        (lambda root: (root / "model/weight/c/0/0").unlink(), "No such file"),
+        (lambda root: os.truncate(root / "model/zarr.json", 0), "0 bytes after"),
+        (lambda root: (root / "state.json").unlink(), "No such file"),
+    ],
+    ids=["cut chunk", "lost chunk", "cut metadata", "lost document"],
+)
+def test_a_file_lost_before_commit_is_not_committed(damage, reason, fast_path):
+    def point(name):
+        if name == "collect checksums":
+            damage(fast_path / "global_step2")
+
+    write_checkpoint(fast_path, snapshot(1), lambda name: None)
+    with pytest.raises(CheckpointError, match=f"step 2 was not saved.*{reason}"):
+        write_checkpoint(fast_path, snapshot(2), point)
+    assert newest_valid(fast_path).step == 1
 
 
 def test_a_run_directory_that_is_a_file_is_one_error(fast_path):

@@ -171,7 +171,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(chunks)
 
 
-def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> list[str]:
+def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> dict[str, int]:
     """Write arrays, several chunks at a time.
 
     Args:
@@ -180,12 +180,13 @@ def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> list
         point: Called before each step.
 
     Returns:
-        Every file written, relative to `root`. Not all of them are on disk yet: sync them.
+        Size in bytes of every file written, by path relative to `root`. Not all of them are on
+        disk yet: sync them.
 
     Raises:
         CheckpointError: If the disk is full or a write fails.
     """
-    files = []
+    files = {}
     window = _Window()
     try:
         for each in saved:
@@ -193,15 +194,16 @@ def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> list
             (root / each.path).mkdir()
             metadata = f"{each.path}/{METADATA_NAME}"
             point(f"write {metadata}")
-            write_bytes(root / metadata, encode(each.layout.metadata(), metadata))
-            files.append(metadata)
+            content = encode(each.layout.metadata(), metadata)
+            write_bytes(root / metadata, content)
+            files[metadata] = len(content)
             point(f"open {each.path}")
             store = _open(root / each.path, each.layout, _WRITING)
             for key, region in each.layout.pieces():
                 point(f"write {each.path}/{key}")
                 values = _as_numpy(each.tensor[region].detach().cpu())
                 written = store[region].write(values, can_reference_source_data_indefinitely=True)
-                files.append(f"{each.path}/{key}")
+                files[f"{each.path}/{key}"] = each.layout.chunk_bytes + CHECKSUM_BYTES
                 window.add(written, each.layout.chunk_bytes, f"{each.path}/{key}")
             point(f"written {each.path}")
         window.drain()
@@ -307,7 +309,10 @@ def _open(path: Path, layout: ArrayLayout, mode: str) -> Any:  # tensorstore shi
         # A chunk of zeros that is not written could not be told from one that was lost.
         "store_data_equal_to_fill_value": True,
     }
-    return tensorstore.open(spec, open=True, assume_metadata=True).result()
+    try:
+        return tensorstore.open(spec, open=True, assume_metadata=True).result()
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error}") from error
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from lme_parallel.checkpoint.documents import Json, encode
 from lme_parallel.checkpoint.errors import CheckpointError, CheckpointMismatchError
 from lme_parallel.checkpoint.layout import STATE_NAME, checkpoint_directory
 from lme_parallel.checkpoint.optimizer_state import other_state
-from lme_parallel.checkpoint.reader import Checkpoint, committed_steps, valid_checkpoints
+from lme_parallel.checkpoint.reader import Checkpoint, has_committed, valid_checkpoints
 from lme_parallel.checkpoint.restorer import (
     Stateful,
     TrainState,
@@ -187,7 +187,7 @@ class Checkpointer:
             CheckpointError: If there are checkpoints to start from, but none is valid.
         """
         self.wait()
-        if committed_steps(self._run):
+        if has_committed(self._run):
             if load_args is not None:
                 logger.info("`load_args` left aside: `save_path` holds checkpoints of this run")
             own = LoadArgs(load_path=self._args.save_path)

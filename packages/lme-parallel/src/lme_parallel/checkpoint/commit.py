@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,22 +72,26 @@ def sync_all(root: Path, files: Iterable[str], point: Point) -> None:
     sync(root.parent)
 
 
-def write_commit(root: Path, step: int, files: Iterable[str], point: Point) -> None:
+def write_commit(root: Path, step: int, files: Mapping[str, int], point: Point) -> None:
     """Make a directory whose files are on disk a checkpoint.
 
     Args:
         root: The checkpoint's directory.
         step: Optimizer steps done.
-        files: Paths relative to `root`, every file that belongs to it.
+        files: Size in bytes of every file that belongs to it, by path relative to `root`.
         point: Called before each step.
 
     Raises:
-        CheckpointError: If a file is missing.
+        CheckpointError: If a file is missing or has another size.
     """
     point("collect checksums")
     records = {}
     for name in sorted(files):
         record = _record(root / name, is_chunk=_is_chunk(name))
+        if record.size != files[name]:
+            raise CheckpointError(
+                f"{root / name} has {record.size} bytes after {files[name]} were written"
+            )
         records[name] = {"size": record.size, "crc32c": record.crc32c}
     content = {"format_version": FORMAT_VERSION, "step": step, "files": records}
     point("commit")

@@ -114,6 +114,11 @@ class Checkpoint:
             yield path, self.layout(path), region, target
 
 
+def has_committed(run: Path) -> bool:
+    """Return whether a run directory holds a checkpoint with a COMMIT, valid or not."""
+    return any(is_committed(checkpoint_directory(run, step)) for step in checkpoint_steps(run))
+
+
 def committed_steps(run: Path) -> list[int]:
     """Return the steps whose directories have a COMMIT, valid or not, ascending.
 

@@ -71,19 +71,20 @@ def write_pointer(run: Path, step: int, point: Point) -> None:
 
 
 def _write(root: Path, snapshot: Snapshot, point: Point) -> None:
-    files = []
+    files: dict[str, int] = {}
     for directory in (root, *(root / group for group in _GROUPS)):
         point(f"make {directory.name}/")
         directory.mkdir()
         name = (directory / METADATA_NAME).relative_to(root).as_posix()
         group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-        write_bytes(root / name, encode(group, name))
-        files.append(name)
-    files += write_arrays(root, snapshot.tensors, point)
+        content = encode(group, name)
+        write_bytes(root / name, content)
+        files[name] = len(content)
+    files |= write_arrays(root, snapshot.tensors, point)
     for name, content in snapshot.documents.items():
         point(f"write {name}")
         write_bytes(root / name, content)
-        files.append(name)
+        files[name] = len(content)
     sync_all(root, files, point)
     write_commit(root, snapshot.step, files, point)
 
