@@ -14,7 +14,11 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+# Pairs of numbers made at a time: their intermediate results stay in one core's cache, and torch
+# splits simple operations over threads above this number only.
 _PAIRS = 32768
+# Torch splits logarithms, roots and cosines over threads from this number on.
+_SPLIT = 2048
 
 
 def key_of(seed: int, name: str) -> int:
@@ -123,40 +127,57 @@ def region_bounds(shape: Sequence[int], region: Sequence[slice] | None) -> list[
 
 def _fill_runs(out: Tensor, key: int, starts: Tensor, std: float) -> None:
     """Write into row i of `out` the normal numbers of flat indices from `starts[i]` on."""
-    block = _Block(key, std)
     rows, run = out.shape
-    if run >= 2 * _PAIRS:
+    threads = torch.get_num_threads()
+    # One or two threads work as one: on a busy machine two wait for each other at every operation,
+    # up to fifty times longer than the work takes.
+    most = _PAIRS if threads <= 2 else _PAIRS * threads // 2
+    pairs = min(most, rows * (run // 2 + 1))
+    block = _Block(key, std, pairs, alone=threads <= 2)
+    if run >= 2 * pairs:
         for row, start in zip(out, starts.tolist(), strict=True):
             # An odd start leaves the first pair half used; from there on pairs are whole.
             head = start % 2
             if head:
                 block.fill(row[None, :1], torch.tensor([start]))
-            for first in range(head, run, 2 * _PAIRS):
-                part = row[None, first : first + 2 * _PAIRS]
+            for first in range(head, run, 2 * pairs):
+                part = row[None, first : first + 2 * pairs]
                 block.fill(part, torch.tensor([start + first]))
         return
-    step = max(1, _PAIRS // (run // 2 + 1))
+    step = max(1, pairs // (run // 2 + 1))
     for first in range(0, rows, step):
         block.fill(out[first : first + step], starts[first : first + step])
 
 
 class _Block:
-    """Room for the intermediate results of `_PAIRS` pairs, so that they stay in the cache."""
+    """Room for the intermediate results of some pairs of numbers, allocated once."""
 
-    def __init__(self, key: int, std: float) -> None:
+    def __init__(self, key: int, std: float, pairs: int, *, alone: bool) -> None:
         self.key = key
         # The radius of a pair is sqrt(-2 ln u), times the standard deviation.
         self.factor = -2.0 * std * std
-        self.steps = torch.arange(_PAIRS + 1, dtype=torch.int64) * _GOLDEN
-        self.bits, self.scratch = torch.empty(2, _PAIRS + 1, dtype=torch.int64)
-        self.radius, self.angle, self.wave = torch.empty(3, _PAIRS + 1)
-        self.both = torch.empty(2 * _PAIRS + 2)
+        self.steps = torch.arange(pairs + 1, dtype=torch.int64) * _GOLDEN
+        self.bits, self.scratch = torch.empty(2, pairs + 1, dtype=torch.int64)
+        self.radius, self.angle, self.wave = torch.empty(3, pairs + 1)
+        self.both = torch.empty(2 * pairs + 2)
+        size = _SPLIT - 1 if alone else pairs + 1
+        self.parts = [
+            (size * i, *parts)
+            for i, parts in enumerate(
+                zip(
+                    self.radius.split(size),
+                    self.angle.split(size),
+                    self.wave.split(size),
+                    strict=True,
+                )
+            )
+        ]
 
     def fill(self, out: Tensor, starts: Tensor) -> None:
         """Write rows of consecutive numbers.
 
         Args:
-            out: Shape (rows, run) with rows * (run // 2 + 1) at most `_PAIRS` + 1.
+            out: Shape (rows, run) with rows * (run // 2 + 1) at most the number of pairs + 1.
             starts: Flat index of each row's first number, shape (rows,).
         """
         rows, run = out.shape
@@ -198,7 +219,11 @@ class _Block:
         # 24 high bits for the radius and 24 low ones for the angle: exact in float32.
         torch.bitwise_right_shift(bits, 40, out=scratch)
         radius.copy_(scratch.bitwise_and_(0xFFFFFF)).add_(0.5).mul_(2.0**-24)
-        radius.log_().mul_(self.factor).sqrt_()
         angle.copy_(bits.bitwise_and_(0xFFFFFF)).mul_(2.0**-24 * 2.0 * math.pi)
-        torch.mul(torch.cos(angle, out=wave), radius, out=out[..., 0])
-        torch.mul(torch.sin(angle, out=wave), radius, out=out[..., 1])
+        used = [parts for parts in self.parts if parts[0] < count]
+        for _, radii, angles, waves in used:
+            radii.log_().mul_(self.factor).sqrt_()
+            torch.cos(angles, out=waves)
+            angles.sin_()
+        torch.mul(wave, radius, out=out[..., 0])
+        torch.mul(angle, radius, out=out[..., 1])
