@@ -54,6 +54,7 @@ def test_triton_on_a_cpu_without_its_interpreter_is_refused(monkeypatch):
 
 
 def test_a_call_the_kernel_cannot_take_is_refused_by_name_and_served_otherwise():
+    pytest.importorskip("triton")
     x = torch.randn(4, 8, dtype=torch.float64)
     with pytest.raises(UnsupportedBackendError, match="float64 is not among"):
         swiglu(x, x, backend="triton")
@@ -61,6 +62,7 @@ def test_a_call_the_kernel_cannot_take_is_refused_by_name_and_served_otherwise()
 
 
 def test_automatic_choice_takes_the_first_that_serves(monkeypatch):
+    pytest.importorskip("triton")
     op = Op(
         name="rmsnorm",
         reference=double,
