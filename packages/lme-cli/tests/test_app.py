@@ -134,11 +134,23 @@ def test_the_schema_describes_every_section_and_setting(lme):
         # A section described in the words of its class is described there.
         described = schema["$defs"].get(section.get("$ref", "").rpartition("/")[2], {})
         assert section.get("description") or described.get("description")
-    for name in ("SaveArgs", "TrainingParameters", "MegatronClassArgs", "DistributedArgs"):
-        described = schema["$defs"][name]
-        assert described["additionalProperties"] is False
-        for key, setting in described["properties"].items():
+    assert len(schema["$defs"]) > 40
+    for name, described in schema["$defs"].items():
+        assert described.get("additionalProperties", False) is False
+        for key, setting in described.get("properties", {}).items():
             assert setting.get("description"), f"{name}.{key}"
+
+
+def test_the_page_of_settings_has_a_row_for_each(lme):
+    code, out, _ = lme("config", "schema", "--markdown")
+    assert code == 0
+    assert len(re.findall(r"^## `", out, re.M)) == 15
+    rows = [line for line in out.splitlines() if line.startswith("| `")]
+    assert len(rows) > 200
+    # Four cells each, the last of them a sentence.
+    assert all(re.fullmatch(r"\| `\w+` \| .+ \| .* \| .+[.)\w] \|", row) for row in rows)
+    assert re.search(r"^\| `seed` \| whole number \| `42` \|", out, re.M)
+    assert re.search(r"^\| `hidden_size` \| whole number \| `\d+` \| \w", out, re.M)
 
 
 def test_config_show_without_a_file_shows_the_embedded_default(lme):

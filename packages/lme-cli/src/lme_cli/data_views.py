@@ -65,8 +65,8 @@ def preview_rows(
     Yields:
         One text a row; what is no target stands in brackets.
     """
-    from lme_cli.compose import open_data
     from lme_cli.planning import make_plan
+    from lme_cli.run_data import open_data
     from lme_cli.run_tokenizer import find_tokenizer
 
     loaded = load_run(path, settings)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lme_cli.compose import build_model, evaluation_sets, open_data, place_model
+from lme_cli.compose import build_model, place_model
 from lme_cli.errors import CommandError
 from lme_cli.loading import check_run
 from lme_cli.overrides import apply_overrides
 from lme_cli.planning import make_plan
+from lme_cli.run_data import evaluation_sets, open_data
 from lme_cli.run_file import RunFile
 from lme_cli.run_tokenizer import find_tokenizer
 from lme_core.training.evaluation import records

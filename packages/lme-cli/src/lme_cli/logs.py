@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from typing import TextIO
 
 _COLOURS = {
@@ -35,6 +36,23 @@ def configure(level: str = "INFO", *, colored: bool = False, rank: int = 0) -> N
     root.handlers[:] = [handler]
     root.setLevel(max(chosen, logging.WARNING) if rank else chosen)
     logging.captureWarnings(True)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Write what is meant for users without the line of code that said it."""
+    where = (
+        ""
+        if category is UserWarning or category.__module__.startswith("lme_")
+        else (f" ({category.__name__}, {filename}:{lineno})")
+    )
+    return f"{message}{where}"
 
 
 def _from_us_or_serious(record: logging.LogRecord) -> bool:

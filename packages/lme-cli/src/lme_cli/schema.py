@@ -45,7 +45,7 @@ def classes_at(root: type, path: Path, values: object) -> list[type]:
     for part in path:
         classes = _chosen([each for hint in hints for each in section_classes(hint)], here)
         found = [fields(each)[str(part)] for each in classes if part in fields(each)]
-        found += [item for hint in hints for item in _items(hint)] if not found else []
+        found += [item for hint in hints for item in items(hint)] if not found else []
         hints = found
         here = _part(here, part)
     return _chosen([each for hint in hints for each in section_classes(hint)], here)
@@ -69,7 +69,7 @@ def _walk(hint: Hint, path: Path, above: tuple[type, ...]) -> Iterator[Path]:
         for name, inner in fields(kind).items():
             yield (*path, name)
             yield from _walk(inner, (*path, name), (*above, kind))
-    for item in _items(hint):
+    for item in items(hint):
         yield from _walk(item, (*path, 0), above)
 
 
@@ -89,7 +89,8 @@ def _alternatives(hint: Hint) -> Iterator[Hint]:
         yield hint
 
 
-def _items(hint: Hint) -> Iterator[Hint]:
+def items(hint: Hint) -> Iterator[Hint]:
+    """Give the types of a list's items; nothing for any other type."""
     for each in _alternatives(hint):
         if typing.get_origin(each) in (list, tuple, Sequence, set, frozenset):
             yield from (item for item in typing.get_args(each) if item is not Ellipsis)

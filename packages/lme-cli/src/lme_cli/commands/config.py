@@ -71,10 +71,18 @@ def show(run_file: RunFileArgument = None, settings: SetOption = None) -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    is_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a page to read instead.")
+    ] = False,
+) -> None:
     """Print the JSON schema of run files, for editors; descriptions are the settings' own."""
     import json
 
-    from lme_cli.config import RunConfig
+    from lme_cli.json_schema import describe
+    from lme_cli.reference import render
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    if is_markdown:
+        print(render(), end="")
+    else:
+        print(json.dumps(describe(), indent=2))
