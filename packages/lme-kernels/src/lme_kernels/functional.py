@@ -29,9 +29,9 @@ from lme_kernels.ops.gated_rmsnorm import GATED_RMSNORM, gated_rmsnorm
 from lme_kernels.ops.geglu import GEGLU, geglu
 from lme_kernels.ops.gru import GRU, gru
 from lme_kernels.ops.layernorm import LAYERNORM, layernorm
+from lme_kernels.ops.linear_attention import LINEAR_ATTENTION, linear_attention
 from lme_kernels.ops.lstm import LSTM, lstm
 from lme_kernels.ops.m2rnn import M2RNN, m2rnn
-from lme_kernels.ops.linear_attention import LINEAR_ATTENTION, linear_attention
 from lme_kernels.ops.mamba2_ssm import MAMBA2_SSM, mamba2_ssm
 from lme_kernels.ops.p_norm import P_NORM, p_norm
 from lme_kernels.ops.pack_sequence import PACK_SEQUENCE, pack_sequence
@@ -41,6 +41,7 @@ from lme_kernels.ops.rmsnorm import RMSNORM, rmsnorm
 from lme_kernels.ops.rnn import RNN, rnn
 from lme_kernels.ops.rope import ROPE, rope
 from lme_kernels.ops.router_topk import ROUTER_TOPK, router_topk
+from lme_kernels.ops.scattermoe import SCATTERMOE, scattermoe
 from lme_kernels.ops.softmax import SOFTMAX, softmax
 from lme_kernels.ops.sort_by_expert import SORT_BY_EXPERT, sort_by_expert
 from lme_kernels.ops.swiglu import SWIGLU, swiglu
@@ -65,9 +66,9 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             GEGLU,
             GRU,
             LAYERNORM,
+            LINEAR_ATTENTION,
             LSTM,
             M2RNN,
-            LINEAR_ATTENTION,
             MAMBA2_SSM,
             P_NORM,
             PACK_SEQUENCE,
@@ -77,6 +78,7 @@ ALL_OPS: Mapping[str, Op] = MappingProxyType(
             RNN,
             ROPE,
             ROUTER_TOPK,
+            SCATTERMOE,
             SOFTMAX,
             SORT_BY_EXPERT,
             SWIGLU,
