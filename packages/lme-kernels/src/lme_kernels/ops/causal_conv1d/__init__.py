@@ -8,7 +8,11 @@ from lme_kernels.op import Backend, Op
 from lme_kernels.ops.causal_conv1d import reference
 from lme_kernels.packing import check_cu_seqlens
 
-CAUSAL_CONV1D = Op(name="causal_conv1d", reference=reference.causal_conv1d)
+CAUSAL_CONV1D = Op(
+    name="causal_conv1d",
+    reference=reference.causal_conv1d,
+    implementations={Backend.TRITON: "lme_kernels.ops.causal_conv1d._triton"},
+)
 
 
 @overload
