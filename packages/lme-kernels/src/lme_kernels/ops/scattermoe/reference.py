@@ -43,7 +43,7 @@ def _by_expert(x, weights, indices, up, down, activation, up_bias, down_bias):
         for expert, entries in enumerate(order.split(counts))
     ]
     position = torch.empty_like(order).scatter(0, order, torch.arange(T * k))
-    y = torch.cat(parts)[position].reshape(T, k, -1)
+    y = torch.cat(parts)[position].reshape(T, k, x.shape[1])
     return (weights.to(compute)[..., None] * y.to(compute)).sum(1).to(x.dtype)
 
 
