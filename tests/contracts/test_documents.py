@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from lme_cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("packages/*/README.md"), *ROOT.glob("docs/**/*.md")]
@@ -28,27 +31,45 @@ def lme(*arguments, cwd=None, timeout=240):
     )
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+def check_run_file(file, *options):
+    """In this process: a new one for each file would import torch each time."""
+    result = CliRunner().invoke(app, ["config", "check", str(file), *options])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("text", list(blocks("yaml")))
 def test_every_yaml_block_passes_config_check(text, tmp_path):
     file = tmp_path / "run.yml"
     file.write_text(text)
     complete = "save_args" in text and "training_parameters" in text and "model_args" in text
     unshard = "unsharded_path" in text
-    result = lme("config", "check", str(file), *([] if complete or unshard else ["--fragment"]))
-    assert result.returncode == 0, result.stdout + result.stderr
+    check_run_file(file, *([] if complete or unshard else ["--fragment"]))
 
 
 @pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_shipped_run_file_passes_config_check(file):
-    result = lme("config", "check", str(file))
-    assert result.returncode == 0, result.stdout + result.stderr
+    check_run_file(file)
 
 
-@pytest.mark.parametrize("text", blocks("python"))
-def test_every_python_block_runs(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def scripts():
+    """The python blocks of each document as one script: later blocks use what earlier ones made."""
+    for document in DOCUMENTS:
+        found = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S)
+        if found:
+            yield pytest.param("\n".join(found), id=str(document.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("text", list(scripts()))
+def test_the_python_blocks_of_a_document_run_in_their_order(text, tmp_path):
+    file = tmp_path / "script.py"
+    file.write_text(text)
     result = subprocess.run(
-        [sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(file)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

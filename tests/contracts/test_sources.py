@@ -53,6 +53,14 @@ def test_no_source_can_run_code_on_load_or_asserts(name):
         if isinstance(node, ast.Import) and name != FOREIGN_READER:
             assert "pickle" not in {each.name for each in node.names}, f"{name}:{node.lineno}"
     for node, called in calls(tree):
+        # The restricted loader builds tensors and plain containers only.
+        if called == ("torch", "load") and any(
+            each.arg == "weights_only"
+            and isinstance(each.value, ast.Constant)
+            and each.value.value is True
+            for each in node.keywords
+        ):
+            continue
         assert called not in CODE_RUNNING or name == FOREIGN_READER, (
             f"{name}:{node.lineno} {called}"
         )
