@@ -66,22 +66,22 @@ def forward_kernel(
     state = tl.zeros((BLOCK_D, BLOCK_B), dtype=tl.float32)
     if HAS_INITIAL:
         state = tl.load(initial_ptr + own, mask=mask, other=0.0).to(tl.float32)
-    x_ptrs = x_ptr + start * x_token + (head // X_GROUP).to(tl.int64) * x_head + channel
-    forget_ptrs = forget_ptr + start * forget_token + channel
+    x_ptrs = x_ptr + start * x_token + (head // X_GROUP).to(tl.int64) * x_head
+    forget_ptrs = forget_ptr + start * forget_token
     forget_ptrs += (head // FORGET_GROUP).to(tl.int64) * forget_head
-    reset_ptrs = reset_ptr + start * reset_token + channel
+    reset_ptrs = reset_ptr + start * reset_token
     reset_ptrs += (head // RESET_GROUP).to(tl.int64) * reset_head
-    result = (start * N + head) * D + channel
+    result = (start * N + head) * D
     zero = tl.zeros((1, 1), dtype=tl.int32)
-    xs = load_steps(x_ptrs, mask, zero, length, x_token, AHEAD)
-    forgets = load_steps(forget_ptrs, mask, zero, length, forget_token, AHEAD)
-    resets = load_steps(reset_ptrs, mask, zero, length, reset_token, AHEAD)
+    xs = load_steps(x_ptrs, channel, mask, zero, length, x_token, AHEAD)
+    forgets = load_steps(forget_ptrs, channel, mask, zero, length, forget_token, AHEAD)
+    resets = load_steps(reset_ptrs, channel, mask, zero, length, reset_token, AHEAD)
     for t in range(0, steps, AHEAD):
         xs_here, forgets_here, resets_here = xs, forgets, resets
         following = zero + t + AHEAD
-        xs = load_steps(x_ptrs, mask, following, length, x_token, AHEAD)
-        forgets = load_steps(forget_ptrs, mask, following, length, forget_token, AHEAD)
-        resets = load_steps(reset_ptrs, mask, following, length, reset_token, AHEAD)
+        xs = load_steps(x_ptrs, channel, mask, following, length, x_token, AHEAD)
+        forgets = load_steps(forget_ptrs, channel, mask, following, length, forget_token, AHEAD)
+        resets = load_steps(reset_ptrs, channel, mask, following, length, reset_token, AHEAD)
         for u in tl.static_range(AHEAD):
             update, forget, reset = update_stored, forget_stored, reset_stored
             step = zero + t + u
@@ -101,11 +101,11 @@ def forward_kernel(
             z = tanh(update_sum, EXACT)
             state = tl.where(live, z + f * (state - z), state)
             offset = result + step.to(tl.int64) * (N * D)
-            tl.store(y_ptr + offset, state, mask=mask & live)
+            tl.store(y_ptr + offset + channel, state, mask=mask & live)
             if SAVE:
-                tl.store(kept_ptr + offset, update_sum, mask=mask & live)
-                tl.store(kept_ptr + plane + offset, forget_sum, mask=mask & live)
-                tl.store(kept_ptr + 2 * plane + offset, reset_sum, mask=mask & live)
+                tl.store(kept_ptr + offset + channel, update_sum, mask=mask & live)
+                tl.store(kept_ptr + plane + offset + channel, forget_sum, mask=mask & live)
+                tl.store(kept_ptr + 2 * plane + offset + channel, reset_sum, mask=mask & live)
     tl.store(final_ptr + own, state, mask=mask)
 
 
@@ -158,27 +158,27 @@ def backward_kernel(
     if HAS_GRAD_FINAL:
         grad = tl.load(grad_final_ptr + own, mask=mask, other=0.0).to(tl.float32)
     # Step 0 is the last token of each sequence.
-    last = ((start + length - 1) * N + head) * D + channel
+    last = ((start + length - 1) * N + head) * D
     update_ptrs, forget_ptrs = kept_ptr + last, kept_ptr + plane + last
     reset_ptrs, before_ptrs = kept_ptr + 2 * plane + last, before_ptr + last
     zero = tl.zeros((1, 1), dtype=tl.int32)
-    updates = load_steps(update_ptrs, mask, zero, length, -N * D, AHEAD)
-    forgets = load_steps(forget_ptrs, mask, zero, length, -N * D, AHEAD)
-    resets = load_steps(reset_ptrs, mask, zero, length, -N * D, AHEAD)
-    befores = load_steps(before_ptrs, mask, zero, length, -N * D, AHEAD)
+    updates = load_steps(update_ptrs, channel, mask, zero, length, -N * D, AHEAD)
+    forgets = load_steps(forget_ptrs, channel, mask, zero, length, -N * D, AHEAD)
+    resets = load_steps(reset_ptrs, channel, mask, zero, length, -N * D, AHEAD)
+    befores = load_steps(before_ptrs, channel, mask, zero, length, -N * D, AHEAD)
     grads = befores
     if HAS_GRAD_Y:
-        grads = load_steps(grad_y_ptr + last, mask, zero, length, -N * D, AHEAD)
+        grads = load_steps(grad_y_ptr + last, channel, mask, zero, length, -N * D, AHEAD)
     for t in range(0, steps, AHEAD):
         updates_here, forgets_here, resets_here = updates, forgets, resets
         befores_here, grads_here = befores, grads
         following = zero + t + AHEAD
-        updates = load_steps(update_ptrs, mask, following, length, -N * D, AHEAD)
-        forgets = load_steps(forget_ptrs, mask, following, length, -N * D, AHEAD)
-        resets = load_steps(reset_ptrs, mask, following, length, -N * D, AHEAD)
-        befores = load_steps(before_ptrs, mask, following, length, -N * D, AHEAD)
+        updates = load_steps(update_ptrs, channel, mask, following, length, -N * D, AHEAD)
+        forgets = load_steps(forget_ptrs, channel, mask, following, length, -N * D, AHEAD)
+        resets = load_steps(reset_ptrs, channel, mask, following, length, -N * D, AHEAD)
+        befores = load_steps(before_ptrs, channel, mask, following, length, -N * D, AHEAD)
         if HAS_GRAD_Y:
-            grads = load_steps(grad_y_ptr + last, mask, following, length, -N * D, AHEAD)
+            grads = load_steps(grad_y_ptr + last, channel, mask, following, length, -N * D, AHEAD)
         for u in tl.static_range(AHEAD):
             update, forget, reset = update_stored, forget_stored, reset_stored
             step = zero + t + u
@@ -208,8 +208,8 @@ def backward_kernel(
             earlier += product(reset, reset_delta, DOT)
             grad = tl.where(live, earlier, grad)
             offset = last - step.to(tl.int64) * (N * D)
-            tl.store(delta_ptr + offset, delta, mask=mask & live)
-            tl.store(forget_delta_ptr + offset, forget_delta, mask=mask & live)
-            tl.store(reset_delta_ptr + offset, reset_delta, mask=mask & live)
-            tl.store(reset_before_ptr + offset, r * before, mask=mask & live)
+            tl.store(delta_ptr + offset + channel, delta, mask=mask & live)
+            tl.store(forget_delta_ptr + offset + channel, forget_delta, mask=mask & live)
+            tl.store(reset_delta_ptr + offset + channel, reset_delta, mask=mask & live)
+            tl.store(reset_before_ptr + offset + channel, r * before, mask=mask & live)
     tl.store(grad_initial_ptr + own, grad, mask=mask)

@@ -93,26 +93,26 @@ def forward_kernel(
         state = tl.load(initial_ptr + own, mask=mask, other=0.0).to(tl.float32)
     if HAS_INITIAL_CELL:
         cell = tl.load(initial_cell_ptr + own, mask=mask, other=0.0).to(tl.float32)
-    x_ptrs = x_ptr + start * x_token + (head // X_GROUP).to(tl.int64) * x_head + channel
-    forget_ptrs = forget_ptr + start * forget_token + channel
+    x_ptrs = x_ptr + start * x_token + (head // X_GROUP).to(tl.int64) * x_head
+    forget_ptrs = forget_ptr + start * forget_token
     forget_ptrs += (head // FORGET_GROUP).to(tl.int64) * forget_head
-    input_ptrs = input_ptr + start * input_token + channel
+    input_ptrs = input_ptr + start * input_token
     input_ptrs += (head // INPUT_GROUP).to(tl.int64) * input_head
-    output_ptrs = output_ptr + start * output_token + channel
+    output_ptrs = output_ptr + start * output_token
     output_ptrs += (head // OUTPUT_GROUP).to(tl.int64) * output_head
-    result = (start * N + head) * D + channel
+    result = (start * N + head) * D
     zero = tl.zeros((1, 1), dtype=tl.int32)
-    xs = load_steps(x_ptrs, mask, zero, length, x_token, AHEAD)
-    forgets = load_steps(forget_ptrs, mask, zero, length, forget_token, AHEAD)
-    inputs = load_steps(input_ptrs, mask, zero, length, input_token, AHEAD)
-    outputs = load_steps(output_ptrs, mask, zero, length, output_token, AHEAD)
+    xs = load_steps(x_ptrs, channel, mask, zero, length, x_token, AHEAD)
+    forgets = load_steps(forget_ptrs, channel, mask, zero, length, forget_token, AHEAD)
+    inputs = load_steps(input_ptrs, channel, mask, zero, length, input_token, AHEAD)
+    outputs = load_steps(output_ptrs, channel, mask, zero, length, output_token, AHEAD)
     for t in range(0, steps, AHEAD):
         xs_here, forgets_here, inputs_here, outputs_here = xs, forgets, inputs, outputs
         following = zero + t + AHEAD
-        xs = load_steps(x_ptrs, mask, following, length, x_token, AHEAD)
-        forgets = load_steps(forget_ptrs, mask, following, length, forget_token, AHEAD)
-        inputs = load_steps(input_ptrs, mask, following, length, input_token, AHEAD)
-        outputs = load_steps(output_ptrs, mask, following, length, output_token, AHEAD)
+        xs = load_steps(x_ptrs, channel, mask, following, length, x_token, AHEAD)
+        forgets = load_steps(forget_ptrs, channel, mask, following, length, forget_token, AHEAD)
+        inputs = load_steps(input_ptrs, channel, mask, following, length, input_token, AHEAD)
+        outputs = load_steps(output_ptrs, channel, mask, following, length, output_token, AHEAD)
         for u in tl.static_range(AHEAD):
             step = zero + t + u
             live = step < length
@@ -126,15 +126,15 @@ def forward_kernel(
             o_sum += outputs_here[u].to(tl.float32)
             offset = result + step.to(tl.int64) * (N * D)
             if SAVE:
-                tl.store(kept_ptr + offset, g_sum, mask=mask & live)
-                tl.store(kept_ptr + plane + offset, f_sum, mask=mask & live)
-                tl.store(kept_ptr + 2 * plane + offset, i_sum, mask=mask & live)
-                tl.store(kept_ptr + 3 * plane + offset, o_sum, mask=mask & live)
-                tl.store(kept_ptr + 4 * plane + offset, cell, mask=mask & live)
+                tl.store(kept_ptr + offset + channel, g_sum, mask=mask & live)
+                tl.store(kept_ptr + plane + offset + channel, f_sum, mask=mask & live)
+                tl.store(kept_ptr + 2 * plane + offset + channel, i_sum, mask=mask & live)
+                tl.store(kept_ptr + 3 * plane + offset + channel, o_sum, mask=mask & live)
+                tl.store(kept_ptr + 4 * plane + offset + channel, cell, mask=mask & live)
             new_cell = sigmoid(f_sum) * cell + sigmoid(i_sum) * tanh(g_sum, EXACT)
             cell = tl.where(live, new_cell, cell)
             state = tl.where(live, sigmoid(o_sum) * tanh(new_cell, EXACT), state)
-            tl.store(y_ptr + offset, state, mask=mask & live)
+            tl.store(y_ptr + offset + channel, state, mask=mask & live)
     tl.store(final_ptr + own, state, mask=mask)
     tl.store(final_cell_ptr + own, cell, mask=mask)
 
@@ -198,28 +198,28 @@ def backward_kernel(
     if HAS_GRAD_FINAL_CELL:
         grad_cell = tl.load(grad_final_cell_ptr + own, mask=mask, other=0.0).to(tl.float32)
     # Step 0 is the last token of each sequence.
-    last = ((start + length - 1) * N + head) * D + channel
+    last = ((start + length - 1) * N + head) * D
     zero = tl.zeros((1, 1), dtype=tl.int32)
     kept = kept_ptr + last
-    gs = load_steps(kept, mask, zero, length, -N * D, AHEAD)
-    forgets = load_steps(kept + plane, mask, zero, length, -N * D, AHEAD)
-    inputs = load_steps(kept + 2 * plane, mask, zero, length, -N * D, AHEAD)
-    outputs = load_steps(kept + 3 * plane, mask, zero, length, -N * D, AHEAD)
-    cells = load_steps(kept + 4 * plane, mask, zero, length, -N * D, AHEAD)
+    gs = load_steps(kept, channel, mask, zero, length, -N * D, AHEAD)
+    forgets = load_steps(kept + plane, channel, mask, zero, length, -N * D, AHEAD)
+    inputs = load_steps(kept + 2 * plane, channel, mask, zero, length, -N * D, AHEAD)
+    outputs = load_steps(kept + 3 * plane, channel, mask, zero, length, -N * D, AHEAD)
+    cells = load_steps(kept + 4 * plane, channel, mask, zero, length, -N * D, AHEAD)
     grads = gs
     if HAS_GRAD_Y:
-        grads = load_steps(grad_y_ptr + last, mask, zero, length, -N * D, AHEAD)
+        grads = load_steps(grad_y_ptr + last, channel, mask, zero, length, -N * D, AHEAD)
     for t in range(0, steps, AHEAD):
         gs_here, forgets_here, inputs_here = gs, forgets, inputs
         outputs_here, cells_here, grads_here = outputs, cells, grads
         following = zero + t + AHEAD
-        gs = load_steps(kept, mask, following, length, -N * D, AHEAD)
-        forgets = load_steps(kept + plane, mask, following, length, -N * D, AHEAD)
-        inputs = load_steps(kept + 2 * plane, mask, following, length, -N * D, AHEAD)
-        outputs = load_steps(kept + 3 * plane, mask, following, length, -N * D, AHEAD)
-        cells = load_steps(kept + 4 * plane, mask, following, length, -N * D, AHEAD)
+        gs = load_steps(kept, channel, mask, following, length, -N * D, AHEAD)
+        forgets = load_steps(kept + plane, channel, mask, following, length, -N * D, AHEAD)
+        inputs = load_steps(kept + 2 * plane, channel, mask, following, length, -N * D, AHEAD)
+        outputs = load_steps(kept + 3 * plane, channel, mask, following, length, -N * D, AHEAD)
+        cells = load_steps(kept + 4 * plane, channel, mask, following, length, -N * D, AHEAD)
         if HAS_GRAD_Y:
-            grads = load_steps(grad_y_ptr + last, mask, following, length, -N * D, AHEAD)
+            grads = load_steps(grad_y_ptr + last, channel, mask, following, length, -N * D, AHEAD)
         for u in tl.static_range(AHEAD):
             step = zero + t + u
             live = step < length
@@ -242,10 +242,10 @@ def backward_kernel(
             i_delta = total_cell * (g * (i * (1.0 - i)))
             o_delta = total * (opened * (o * (1.0 - o)))
             offset = last - step.to(tl.int64) * (N * D)
-            tl.store(delta_ptr + offset, g_delta, mask=mask & live)
-            tl.store(forget_delta_ptr + offset, f_delta, mask=mask & live)
-            tl.store(input_delta_ptr + offset, i_delta, mask=mask & live)
-            tl.store(output_delta_ptr + offset, o_delta, mask=mask & live)
+            tl.store(delta_ptr + offset + channel, g_delta, mask=mask & live)
+            tl.store(forget_delta_ptr + offset + channel, f_delta, mask=mask & live)
+            tl.store(input_delta_ptr + offset + channel, i_delta, mask=mask & live)
+            tl.store(output_delta_ptr + offset + channel, o_delta, mask=mask & live)
             earlier = _apply(weight, weight_ptr, of_weight, g_delta, D, BLOCK_D, DOT, RELOAD)
             earlier += _apply(
                 forget, forget_weight_ptr, of_forget, f_delta, D, BLOCK_D, DOT, RELOAD

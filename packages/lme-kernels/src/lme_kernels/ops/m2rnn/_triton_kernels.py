@@ -86,24 +86,24 @@ def forward_kernel(
     state = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
     if HAS_INITIAL:
         state = tl.load(initial_ptr + own + tile, mask=inside, other=0.0).to(tl.float32)
-    query_ptrs = query_ptr + start * query_token + (head // QUERY_GROUP) * query_head + row
-    key_ptrs = key_ptr + start * key_token + (head // KEY_GROUP) * key_head + row
-    value_ptrs = value_ptr + start * value_token + (head // VALUE_GROUP) * value_head + column
+    query_ptrs = query_ptr + start * query_token + (head // QUERY_GROUP) * query_head
+    key_ptrs = key_ptr + start * key_token + (head // KEY_GROUP) * key_head
+    value_ptrs = value_ptr + start * value_token + (head // VALUE_GROUP) * value_head
     forget_ptrs = forget_ptr + start * forget_token + (head // FORGET_GROUP) * forget_head
     kept = kept_ptr + ((start // EVERY + sequence) * N + head) * (K * V)
     # Of one element: the interpreter cannot combine a scalar condition with a mask.
     zero = tl.zeros((1,), dtype=tl.int32)
-    queries = load_steps(query_ptrs, row < K, zero, length, query_token, AHEAD)
-    keys = load_steps(key_ptrs, row < K, zero, length, key_token, AHEAD)
-    values = load_steps(value_ptrs, column < V, zero, length, value_token, AHEAD)
-    forgets = load_steps(forget_ptrs, zero == 0, zero, length, forget_token, AHEAD)
+    queries = load_steps(query_ptrs, row, row < K, zero, length, query_token, AHEAD)
+    keys = load_steps(key_ptrs, row, row < K, zero, length, key_token, AHEAD)
+    values = load_steps(value_ptrs, column, column < V, zero, length, value_token, AHEAD)
+    forgets = load_steps(forget_ptrs, zero, zero == 0, zero, length, forget_token, AHEAD)
     for t in range(0, length, AHEAD):
         queries_here, keys_here, values_here, forgets_here = queries, keys, values, forgets
         following = zero + t + AHEAD
-        queries = load_steps(query_ptrs, row < K, following, length, query_token, AHEAD)
-        keys = load_steps(key_ptrs, row < K, following, length, key_token, AHEAD)
-        values = load_steps(value_ptrs, column < V, following, length, value_token, AHEAD)
-        forgets = load_steps(forget_ptrs, zero == 0, following, length, forget_token, AHEAD)
+        queries = load_steps(query_ptrs, row, row < K, following, length, query_token, AHEAD)
+        keys = load_steps(key_ptrs, row, row < K, following, length, key_token, AHEAD)
+        values = load_steps(value_ptrs, column, column < V, following, length, value_token, AHEAD)
+        forgets = load_steps(forget_ptrs, zero, zero == 0, following, length, forget_token, AHEAD)
         now = tl.program_id(0) * 0 + t
         if SAVE and now % EVERY == 0:
             place = (now // EVERY).to(tl.int64) * (N * K * V)

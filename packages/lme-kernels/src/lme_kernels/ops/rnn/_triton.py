@@ -105,13 +105,13 @@ def _forward_kernel(
     state = tl.zeros((BLOCK_D, BLOCK_B), dtype=tl.float32)
     if HAS_INITIAL:
         state = tl.load(initial_ptr + own, mask=mask, other=0.0).to(tl.float32)
-    x_ptrs = x_ptr + start * token_stride + (head // X_GROUP).to(tl.int64) * head_stride + channel
-    result = (start * N + head) * D + channel
+    x_ptrs = x_ptr + start * token_stride + (head // X_GROUP).to(tl.int64) * head_stride
+    result = (start * N + head) * D
     zero = tl.zeros((1, 1), dtype=tl.int32)
-    ahead = load_steps(x_ptrs, mask, zero, length, token_stride, AHEAD)
+    ahead = load_steps(x_ptrs, channel, mask, zero, length, token_stride, AHEAD)
     for t in range(0, steps, AHEAD):
         here = ahead
-        ahead = load_steps(x_ptrs, mask, zero + t + AHEAD, length, token_stride, AHEAD)
+        ahead = load_steps(x_ptrs, channel, mask, zero + t + AHEAD, length, token_stride, AHEAD)
         for u in tl.static_range(AHEAD):
             weight = stored
             if RELOAD:
@@ -122,9 +122,9 @@ def _forward_kernel(
             new = tl.maximum(new, 0.0) if RELU else tanh(new, EXACT)
             state = tl.where(live, new, state)
             offset = result + step.to(tl.int64) * (N * D)
-            tl.store(y_ptr + offset, state, mask=mask & live)
+            tl.store(y_ptr + offset + channel, state, mask=mask & live)
             if SAVE:
-                tl.store(slope_ptr + offset, 1.0 - state * state, mask=mask & live)
+                tl.store(slope_ptr + offset + channel, 1.0 - state * state, mask=mask & live)
     tl.store(final_ptr + own, state, mask=mask)
 
 
@@ -166,17 +166,21 @@ def _backward_kernel(
     if HAS_GRAD_FINAL:
         grad = tl.load(grad_final_ptr + own, mask=mask, other=0.0).to(tl.float32)
     # Step 0 is the last token of each sequence.
-    last = ((start + length - 1) * N + head) * D + channel
+    last = ((start + length - 1) * N + head) * D
     zero = tl.zeros((1, 1), dtype=tl.int32)
-    slopes = load_steps(slope_ptr + last, mask, zero, length, -N * D, AHEAD)
+    slopes = load_steps(slope_ptr + last, channel, mask, zero, length, -N * D, AHEAD)
     grads = slopes
     if HAS_GRAD_Y:
-        grads = load_steps(grad_y_ptr + last, mask, zero, length, -N * D, AHEAD)
+        grads = load_steps(grad_y_ptr + last, channel, mask, zero, length, -N * D, AHEAD)
     for t in range(0, steps, AHEAD):
         slopes_here, grads_here = slopes, grads
-        slopes = load_steps(slope_ptr + last, mask, zero + t + AHEAD, length, -N * D, AHEAD)
+        slopes = load_steps(
+            slope_ptr + last, channel, mask, zero + t + AHEAD, length, -N * D, AHEAD
+        )
         if HAS_GRAD_Y:
-            grads = load_steps(grad_y_ptr + last, mask, zero + t + AHEAD, length, -N * D, AHEAD)
+            grads = load_steps(
+                grad_y_ptr + last, channel, mask, zero + t + AHEAD, length, -N * D, AHEAD
+            )
         for u in tl.static_range(AHEAD):
             weight = stored
             if RELOAD:
@@ -193,7 +197,8 @@ def _backward_kernel(
                 delta = tl.where(slope > 0.0, delta, 0.0)
             else:
                 delta *= slope
-            tl.store(delta_ptr + last - step.to(tl.int64) * (N * D), delta, mask=mask & live)
+            offset = last - step.to(tl.int64) * (N * D)
+            tl.store(delta_ptr + offset + channel, delta, mask=mask & live)
             grad = tl.where(live, product(weight, delta, DOT), grad)
     tl.store(grad_initial_ptr + own, grad, mask=mask)
 

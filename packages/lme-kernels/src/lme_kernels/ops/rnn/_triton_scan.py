@@ -78,18 +78,25 @@ def product(matrix, state, DOT: tl.constexpr):
     if DOT:
         result = tl.dot(matrix, state.to(matrix.dtype))
     else:
-        result = tl.sum(matrix * tl.trans(state), axis=1, keep_dims=True)
+        # Not `tl.trans`: the compiler would give every other product the transposed layout, whose
+        # sums go across warps.
+        flat = tl.sum(state, axis=1)
+        result = tl.sum(matrix * flat[None, :], axis=1, keep_dims=True)
     return result
 
 
 @triton.jit
-def load_steps(ptrs, mask, step, length, stride, AHEAD: tl.constexpr):
-    """Load the tiles of `AHEAD` steps from `step` on, `stride` elements apart, as a tuple."""
+def load_steps(starts, channel, mask, step, length, stride, AHEAD: tl.constexpr):
+    """Load the tiles of `AHEAD` steps from `step` on, `stride` elements apart, as a tuple.
+
+    Pointers to the tokens and the channels are added last, which keeps most of the arithmetic in
+    the few numbers that there are of tokens.
+    """
     tiles = ()
     for u in tl.static_range(AHEAD):
         offset = (step + u).to(tl.int64) * stride
         live = mask & (step + u < length)
-        tiles = tiles + (tl.load(ptrs + offset, mask=live, other=0.0),)  # noqa: RUF005
+        tiles = tiles + (tl.load(starts + offset + channel, mask=live, other=0.0),)  # noqa: RUF005
     return tiles
 
 
