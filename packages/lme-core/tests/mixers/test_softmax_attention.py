@@ -244,7 +244,7 @@ def test_softmax_dropout_drops_weights_by_query_head_and_key(window, packed):
         weights = inner(query, key, unit, **options)
         key_of_token = random.mix(random.mix(context.dropout_key, 2), context.token_index)
         columns = torch.arange(4)[:, None] * S + torch.arange(S)
-        keep = random.uniform(key_of_token[:, :, None, None], columns) >= 0.3
+        keep = random.uniform(key_of_token[:, :, None, None] ^ columns, 1) >= 0.3
         dropped = torch.where(keep, weights / 0.7, 0.0)
         seen["share"] = ((dropped == 0) & (weights > 0)).sum() / (weights > 0).sum()
         return torch.einsum("bsnt,btnd->bsnd", dropped, value.repeat_interleave(2, 2))

@@ -24,7 +24,9 @@ def dropout(x: Tensor, p: float, key: Tensor | None, site: int, token_index: Ten
         return x
     token_key = random.mix(random.mix(key, site + 1), token_index)[..., None]
     channels = torch.arange(x.shape[-1], device=x.device)
-    keep = random.uniform(token_key, channels) >= p
+    # Not `uniform(token_key, channels)`: Inductor reads a counter times a constant as an address and
+    # makes wrong code of it once it passes 64 bits.
+    keep = random.uniform(token_key ^ channels, 1) >= p
     return torch.where(keep, x / (1.0 - p), 0.0)
 
 

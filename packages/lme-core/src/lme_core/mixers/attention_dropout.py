@@ -62,6 +62,7 @@ def attention_with_dropout(
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     token_key = random.mix(random.mix(dropout_key, site + 1), token_index)[:, None, :, None]
     columns = torch.arange(N, device=query.device)[:, None, None] * S + rows
-    keep = random.uniform(token_key, columns) >= p
+    # The counter enters by XOR for the reason that `dropout` gives.
+    keep = random.uniform(token_key ^ columns, 1) >= p
     weights = torch.where(keep, weights / (1.0 - p), 0.0)
     return (weights @ v).transpose(1, 2).to(query.dtype)
