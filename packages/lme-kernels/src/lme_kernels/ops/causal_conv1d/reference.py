@@ -28,7 +28,9 @@ def causal_conv1d(
         shifted = [padded[:, j : j + S] for j in range(W)]
     else:
         shifted = [_before(inputs, initial, cu_seqlens, W, W - 1 - j) for j in range(W)]
-    y = sum(tap * each for tap, each in zip(taps, shifted, strict=True))
+    y = taps[0] * shifted[0]
+    for tap, each in zip(taps[1:], shifted[1:], strict=True):
+        y = y + tap * each
     if bias is not None:
         y = y + bias.to(compute)
     return (F.silu(y) if silu else y).to(x.dtype)

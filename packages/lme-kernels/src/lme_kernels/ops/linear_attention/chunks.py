@@ -111,8 +111,8 @@ class Chunks:
         if initial is not None:
             start = initial.to(self._compute)
         else:
-            packed = self._cu_seqlens is not None
-            sequences = self._cu_seqlens.shape[0] - 1 if packed else self._tokens[0]
+            offsets = self._cu_seqlens
+            sequences = self._tokens[0] if offsets is None else offsets.shape[0] - 1
             start = like.new_zeros((sequences, *shape), dtype=self._compute)
         if self._cu_seqlens is None:
             state = start
