@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -125,6 +126,16 @@ def test_the_table_grows_and_outlives_inference_mode():
     assert not again.is_inference()
     x = torch.ones(3, 4, requires_grad=True)
     (x * again).sum().backward()
+
+
+def test_a_trace_leaves_nothing_behind():
+    rotary = Rotary(4, 10000.0)
+    device = torch.device("cpu")
+    with FakeTensorMode():
+        rotary.table(3, device=device, dtype=torch.float32)
+        rotary.at(torch.arange(3), dtype=torch.float32)
+    cos, _ = rotary.table(3, device=device, dtype=torch.float32)
+    assert cos[0].tolist() == [1.0] * 4
 
 
 def test_the_default_rotary_dim_is_the_head_size():

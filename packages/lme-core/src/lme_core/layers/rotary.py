@@ -199,7 +199,8 @@ class Rotary:
         """
         self.frequencies = inverse_frequencies(dim, theta, scaling)
         self.magnitude = 1.0 if scaling is None else scaling.magnitude
-        # A function of its key alone: the longest table asked for so far.
+        # Functions of their keys alone: frequencies, and the longest table asked for so far.
+        self._inverse: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def table(
@@ -219,9 +220,9 @@ class Rotary:
         if table is None or len(table[0]) < length:
             # Outside inference mode, or a table made there could not serve training later.
             with torch.inference_mode(mode=False), torch.no_grad():
-                positions = torch.arange(length, device=device)
-                table = self.at(positions, dtype=dtype)
-            self._tables[(device, dtype)] = table
+                table = self.at(torch.arange(length, device=device), dtype=dtype)
+            if _is_real(table[0]):
+                self._tables[(device, dtype)] = table
         cos, sin = table
         return cos[:length], sin[:length]
 
@@ -235,10 +236,25 @@ class Rotary:
         Returns:
             Two tensors of the shape of `positions` and one more dim of size dim.
         """
-        inverse = torch.tensor(self.frequencies, dtype=torch.float64).to(dtype)
-        angles = positions[..., None].to(dtype) * inverse.to(positions.device)
+        angles = positions[..., None].to(dtype) * self._frequencies(positions.device, dtype)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+    def _frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Copy the frequencies to a device, once: a copy makes the host wait for it."""
+        inverse = self._inverse.get((device, dtype))
+        if inverse is None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                # Rounded once, on the CPU: not every device has float64.
+                inverse = torch.tensor(self.frequencies, dtype=torch.float64).to(dtype).to(device)
+            if _is_real(inverse):
+                self._inverse[(device, dtype)] = inverse
+        return inverse
+
+
+def _is_real(x: Tensor) -> bool:
+    """Say whether `x` holds numbers: a tracer's stand-in must not outlive the trace."""
+    return type(x) is Tensor
 
 
 def _check_factor(factor: float) -> None:
