@@ -17,6 +17,8 @@ RNN = Op(
     name="rnn",
     reference=reference.rnn,
     implementations={Backend.TRITON: "lme_kernels.ops.rnn._triton"},
+    # Runs when named: its proofs have not run on a GPU.
+    manual=frozenset({Backend.TRITON}),
 )
 
 
