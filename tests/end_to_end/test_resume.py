@@ -109,7 +109,9 @@ def corpora(tmp_path_factory):
     for name, documents in (("large", 120), ("small", 12)):
         with IndexedWriter(folder / name, np.dtype("uint16")) as writer:
             for _ in range(documents):
-                writer.add_document(np.append(random.integers(1, 64, random.integers(5, 60)), 0))
+                # The next id follows from the last, so that there is something to learn.
+                ids = (random.integers(63) + np.arange(random.integers(5, 60))) % 63 + 1
+                writer.add_document(np.append(ids, 0))
             writer.finalize()
     return folder
 
@@ -176,7 +178,8 @@ def test_the_straight_run_learns_and_passes_epochs_of_the_small_corpus(straight)
     rows = timeless(straight["fp32"])
     losses = [row["loss"] for row in rows if row["context"] == "train"]
     assert len(losses) == STEPS
-    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    # ln 63 = 4.1 is what a model knows of them that has seen none.
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
     assert {row["group"] for row in rows if row["context"] == "val"} == {None, "large", "small"}
     state = json.loads((straight["fp32"] / f"global_step{STEPS}/state.json").read_text())
     assert state["stateful"]["loader"]["cursors"]["small"] == STEPS * 4 // 4
