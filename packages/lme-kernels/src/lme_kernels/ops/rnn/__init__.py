@@ -17,7 +17,7 @@ RNN = Op(
     name="rnn",
     reference=reference.rnn,
     implementations={Backend.TRITON: "lme_kernels.ops.rnn._triton"},
-    # Runs when named: its proofs have not run on a GPU.
+    # Runs when named: two of its fp32 proofs failed on a GPU.
     manual=frozenset({Backend.TRITON}),
 )
 
