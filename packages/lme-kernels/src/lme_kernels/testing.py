@@ -59,8 +59,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
         raise AssertionError(f"shape {tuple(actual.shape)} should be {tuple(exact.shape)}")
     if actual.numel() == 0:
         return 0.0
-    expected = exact.detach().to(device="cpu", dtype=torch.float64)
-    difference = actual.detach().to(device="cpu", dtype=torch.float64) - expected
+    # Apple's GPUs have no float64.
+    place = torch.device("cpu") if exact.device.type == "mps" else exact.device
+    expected = exact.detach().to(place).double()
+    difference = actual.detach().to(expected.device).double() - expected
     size = expected.square().mean().sqrt()
     # An exact zero has no scale of its own: the error is then absolute.
     return float(difference.square().mean().sqrt() / (size if size > 0 else 1.0))
