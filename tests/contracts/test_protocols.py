@@ -130,7 +130,7 @@ def test_a_model_is_embedding_blocks_by_layer_and_head():
     model = build().materialize("cpu")
     (batch,) = batches(1)
     assert list(model.blocks) == ["0", "1", "2"]
-    x = model.run_blocks(model.embed(batch), model.context(batch))
+    x, _ = model.run_blocks(model.embed(batch), model.context(batch))
     assert torch.equal(model.head(x).logits, model(batch).logits)
 
 

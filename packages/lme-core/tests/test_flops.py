@@ -40,7 +40,9 @@ def measured(config, S):
     ids = torch.zeros(1, S, dtype=torch.int64)
     x = model.embed({"input_ids": ids})
     with FlopCounterMode(display=False) as counter:
-        model.head(model.run_blocks(x, model.context({"input_ids": ids}))).logits.sum().backward()
+        model.head(
+            model.run_blocks(x, model.context({"input_ids": ids}))[0]
+        ).logits.sum().backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     attention = sum(flops for op, flops in counts.items() if "bmm" in op)
     return attention / S, (sum(counts.values()) - attention) / S

@@ -1,4 +1,5 @@
 import logging
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -72,6 +73,43 @@ def test_gradients_are_bit_equal_and_only_the_chosen_layers_run_twice(chosen, ex
     # The second run of a chosen layer is the recomputation; dropout drew the same mask in it.
     assert tuple(int(key) for key, each in recomputed.items() if each.calls == 2) == expected
     assert layers_to_recompute(chosen, 4) == expected
+
+
+class Stream(NamedTuple):
+    x: torch.Tensor
+    carried: tuple[torch.Tensor, ...] = ()
+
+
+class NestedBlock(nn.Module):
+    """Takes and gives tensors inside tuples and mappings."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, stream, scale):
+        y = torch.tanh(self.linear(stream.x)) * scale
+        carried = (stream.carried[0] + y,) if stream.carried else (y,)
+        return Stream(stream.x + carried[0], carried), {"loss": y.square().sum()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_tensors_inside_tuples_and_mappings_keep_their_gradients(reentrant):
+    gradients = []
+    for recomputes in (False, True):
+        torch.manual_seed(0)
+        blocks = nn.ModuleDict({"0": NestedBlock(), "1": NestedBlock(), "2": NestedBlock()})
+        if recomputes:
+            apply_recompute(blocks, args("full", use_reentrant=reentrant))
+        x = torch.linspace(-1, 1, 32).view(4, 8).requires_grad_()
+        stream, total = Stream(x), torch.zeros(())
+        for block in blocks.values():
+            stream, losses = block(stream, 0.5)
+            total = total + losses["loss"]
+        (stream.x.square().sum() + 0.1 * total).backward()
+        gradients.append([x.grad, *(each.grad for each in blocks.parameters())])
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_memory_between_forward_and_backward_is_less():

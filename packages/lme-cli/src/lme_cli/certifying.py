@@ -29,9 +29,11 @@ class BuiltModel:
         """Give what enters the first block and what leaves each, (B, S, H) each."""
         batch = {"input_ids": input_ids}
         context = self._model.context(batch)
-        states = [self._model.embed(batch)]
+        stream = self._model.embed(batch)
+        states = [self._model.residual(stream)]
         for name, block in self._model.blocks.items():
-            states.append(block(states[-1], context.at_layer(int(name)), None))
+            stream, _ = block(stream, context.at_layer(int(name)), None)
+            states.append(self._model.residual(stream))
         return states
 
 

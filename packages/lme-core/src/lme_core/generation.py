@@ -150,8 +150,8 @@ def next_logits(model: Decoder, batch: dict[str, Tensor], cache: DecoderCache) -
         Logits of what follows the last token, (B, V).
     """
     batch = cache.place(batch)
-    x = model.run_blocks(model.embed(batch), model.context(batch, cache), cache)
-    logits = model.head(x[:, -1:]).logits
+    stream, _ = model.run_blocks(model.embed(batch), model.context(batch, cache), cache)
+    logits = model.head(stream.last_token()).logits
     if logits is None:
         raise RuntimeError("a head without labels gives logits")
     return logits[:, 0]

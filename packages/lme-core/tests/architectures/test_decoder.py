@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lme_core.architectures.decoder import parameter_traits
 from lme_core.architectures.gpt_base import GPTBaseConfig
+from lme_core.architectures.stream import Stream
 from lme_core.layers.dropout import dropout
 from lme_core.mixers.softmax_attention import SoftmaxAttentionConfig
 from lme_core.mlps.dense import DenseMLPConfig
@@ -149,7 +150,7 @@ def reference_forward(model, batch, c):
     for i, block in enumerate(model.blocks.values()):
         context = model.context(batch).at_layer(i)
         x = x + c.m_residual * block.sequence_mixer(block.mixer_norm(x), context, None)
-        x = x + c.m_residual * block.mlp(block.mlp_norm(x), context)
+        x = x + c.m_residual * block.mlp(block.mlp_norm(x), context)[0]
     return F.linear(model.final_norm(x), model.lm_head.weight) / c.m_width
 
 
@@ -231,8 +232,8 @@ def test_a_document_does_not_feel_its_neighbour(window):
     kept[0, 5:] = kept[1, 8:] = True
     seen = []
     for each in (batch, changed):
-        x = model.embed(each).detach().requires_grad_()
-        y = model.run_blocks(x, model.context(each))
+        x = model.embed(each).x.detach().requires_grad_()
+        y, _ = model.run_blocks(Stream(x), model.context(each))
         logits = model.head(y).logits
         labels = each["labels"].masked_fill(~kept, -100)
         nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
@@ -287,8 +288,8 @@ def test_stages_of_a_pipeline_make_the_whole():
         del last.blocks[name]
     del last.embedding
     batch = training_batch()
-    x = first.run_blocks(first.embed(batch), first.context(batch))
-    x = last.run_blocks(x, last.context(batch))
+    x, _ = first.run_blocks(first.embed(batch), first.context(batch))
+    x, _ = last.run_blocks(x, last.context(batch))
     nll = last.head(x, batch["labels"]).nll_sum
     assert torch.equal(nll, whole(batch, logits=False).nll_sum)
 
@@ -353,7 +354,7 @@ def test_a_block_can_be_recomputed():
     assert context.dropout_key is not None
     x = model.embed(batch)
     for name, block in model.blocks.items():
-        x = torch.utils.checkpoint.checkpoint(
+        x, _ = torch.utils.checkpoint.checkpoint(
             block, x, context.at_layer(int(name)), None, use_reentrant=False
         )
     nll = model.head(x, batch["labels"]).nll_sum

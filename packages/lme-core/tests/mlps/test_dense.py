@@ -36,7 +36,7 @@ def test_values_and_gradients_match_the_formula(name, tokens, bias):
         first = F.linear(x, parameters["up.weight"], parameters.get("up.bias"))
         inner = F.gelu(first, approximate="tanh")
     expected = F.linear(inner, parameters["down.weight"], parameters.get("down.bias"))
-    ours = mlp(x, SequenceContext())
+    ours, _ = mlp(x, SequenceContext())
     # Rounding in float64 only.
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(x)
@@ -55,7 +55,7 @@ def test_rows_of_gate_and_up_alternate():
     with torch.no_grad():
         mlp.gate_up.weight.copy_(torch.tensor([3.0, 1.0, 4.0, 2.0])[:, None].expand(4, 12) / 12)
         mlp.down.weight.copy_(torch.eye(12, 2))
-    y = mlp(torch.ones(1, 1, 12, dtype=torch.float64), SequenceContext())
+    y, _ = mlp(torch.ones(1, 1, 12, dtype=torch.float64), SequenceContext())
     expected = torch.tensor([1.0, 2.0]) * torch.sigmoid(torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(y[0, 0, :2], expected.double(), rtol=1e-6, atol=0)
 
@@ -83,8 +83,8 @@ def test_dropout_is_applied_to_the_output_in_training_only():
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     index = torch.arange(10).view(2, 5)
     key = torch.tensor(3)
-    plain = mlp(x, SequenceContext())
-    dropped = mlp(x, SequenceContext(dropout_key=key, token_index=index))
+    plain, _ = mlp(x, SequenceContext())
+    dropped, _ = mlp(x, SequenceContext(dropout_key=key, token_index=index))
     assert torch.equal(dropped, dropout(plain, 0.5, key, 8, index))
     assert not torch.equal(dropped, plain)
 

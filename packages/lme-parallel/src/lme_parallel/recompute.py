@@ -1,11 +1,12 @@
 """Activation checkpointing: blocks run again in the backward pass instead of being remembered."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 
 import torch
 from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from lme_parallel.args import DistributedArgs, GradientCheckpointingArgs
@@ -67,9 +68,26 @@ def _recompute(block: nn.Module, *, use_reentrant: bool) -> None:
         if not torch.is_grad_enabled():
             return forward(*inputs, **options)
         run = partial(forward, **options)
-        return checkpoint(run, *inputs, use_reentrant=use_reentrant)
+        if use_reentrant:
+            return _reentrant(run, inputs)
+        return checkpoint(run, *inputs, use_reentrant=False)
 
     block.forward = recomputed
+
+
+def _reentrant(run: Callable[..., object], inputs: tuple[object, ...]) -> object:
+    # Reentrant checkpoints see no tensor inside a tuple or a mapping, neither as an input nor as
+    # an output, and would cut its gradient: they are given flat lists.
+    leaves, structure = tree_flatten(inputs)
+    made: list[TreeSpec] = []
+
+    def flat(*values: object) -> tuple[object, ...]:
+        results, of_results = tree_flatten(run(*tree_unflatten(values, structure)))
+        made.append(of_results)
+        return tuple(results)
+
+    results = checkpoint(flat, *leaves, use_reentrant=True)
+    return tree_unflatten(results, made[0])
 
 
 def _warn_without_effect(args: DistributedArgs) -> None:

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from lme_core.architectures.cache import DecoderCache
 from lme_core.architectures.decoder_config import DecoderConfig
+from lme_core.architectures.stream import Stream
 from lme_core.layers import random
+from lme_core.layers.auxiliary import Auxiliary, add_layer, no_auxiliary
 from lme_core.layers.context import SequenceContext
 from lme_core.layers.dropout import dropout
 from lme_core.layers.initialization import ParameterSpec, ParameterTraits, collect_specs
@@ -43,7 +45,8 @@ class DecoderOutputs:
     nll_sum: Tensor | None
     """Summed negative log-likelihood in nats, 0-d; `None` if logits were asked for."""
     auxiliary: Mapping[str, Tensor]
-    """Further losses by name, each a sum over the batch's sequences."""
+    """Further losses by name, 0-d each, and statistics by name and layer (`name.layer`), which
+    have no gradient: sums over the batch's sequences."""
 
 
 class Block(nn.Module):
@@ -51,18 +54,27 @@ class Block(nn.Module):
 
     sequence_mixer: SequenceMixer
 
-    def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, stream: Stream, context: SequenceContext, cache: LayerCache | None
+    ) -> tuple[Stream, Auxiliary]:
         """Update the residual stream.
 
         Args:
-            x: Shape (B, S, H).
+            stream: From the block before, or the embedding.
             context: Facts about the batch, at this layer.
             cache: This layer's, in generation.
 
         Returns:
-            Shape (B, S, H).
+            The stream for the next block, and this block's further losses and statistics by names
+            that hold for every layer.
         """
         raise NotImplementedError
+
+    def new_cache(
+        self, batch_size: int, max_length: int, *, device: torch.device, dtype: torch.dtype
+    ) -> LayerCache:
+        """Make an empty cache; see `SequenceMixer`."""
+        return self.sequence_mixer.new_cache(batch_size, max_length, device=device, dtype=dtype)
 
 
 class Decoder(nn.Module):
@@ -138,12 +150,13 @@ class Decoder(nn.Module):
         """
         if cache is not None:
             batch = cache.place(batch)
-        x = self.embed(batch)
-        x = self.run_blocks(x, self.context(batch, cache), cache)
-        head = self.head(x, None if logits else batch["labels"])
-        return DecoderOutputs(head.logits, head.nll_sum, {})
+        stream = self.embed(batch)
+        stream, auxiliary = self.run_blocks(stream, self.context(batch, cache), cache)
+        head = self.head(stream, None if logits else batch["labels"])
+        further = {**auxiliary.losses, **auxiliary.statistics}
+        return DecoderOutputs(head.logits, head.nll_sum, further)
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> Stream:
         """Look up tokens and, where they are learned, positions.
 
         Args:
@@ -151,7 +164,7 @@ class Decoder(nn.Module):
                 `dropout_key` and `token_index` in training with dropout.
 
         Returns:
-            Shape (B, S, H).
+            The residual stream, nothing carried.
         """
         ids = batch["input_ids"]
         x = self.embedding(ids)
@@ -160,7 +173,7 @@ class Decoder(nn.Module):
         key, index = batch.get("dropout_key"), batch.get("token_index")
         if key is not None and index is not None:
             x = dropout(x, self.config.embedding_dropout, key, 0, index)
-        return x if self.config.m_emb is None else x * self.config.m_emb
+        return Stream(x if self.config.m_emb is None else x * self.config.m_emb)
 
     def context(self, batch: Batch, cache: DecoderCache | None = None) -> SequenceContext:
         """Compute what all blocks share.
@@ -198,32 +211,45 @@ class Decoder(nn.Module):
         )
 
     def run_blocks(
-        self, x: Tensor, context: SequenceContext, cache: DecoderCache | None = None
-    ) -> Tensor:
+        self, stream: Stream, context: SequenceContext, cache: DecoderCache | None = None
+    ) -> tuple[Stream, Auxiliary]:
         """Run the blocks that are here, in order.
 
         Args:
-            x: Shape (B, S, H).
+            stream: From `embed`, or from the blocks of the stage before.
             context: From `context`.
             cache: In generation.
 
         Returns:
-            Shape (B, S, H).
+            The stream after them, and the further losses and statistics of these blocks.
         """
+        auxiliary = no_auxiliary()
         for name, block in self.blocks.items():
             layer_cache = None if cache is None else cache.layers[name]
-            x = block(x, context.at_layer(int(name)), layer_cache)
-        return x
+            stream, more = block(stream, context.at_layer(int(name)), layer_cache)
+            auxiliary = add_layer(auxiliary, name, more)
+        return stream, auxiliary
 
-    def head(self, x: Tensor, labels: Tensor | None = None) -> HeadOutput:
+    def residual(self, stream: Stream) -> Tensor:
+        """Return the residual stream with all that blocks have added to it.
+
+        Args:
+            stream: Between blocks or after the last.
+
+        Returns:
+            Shape (B, S, H).
+        """
+        return stream.x
+
+    def head(self, stream: Stream, labels: Tensor | None = None) -> HeadOutput:
         """Normalise and compare with the vocabulary.
 
         Args:
-            x: Shape (B, S, H), after the last block.
+            stream: After the last block.
             labels: Shape (B, S), -100 where there is none; with them the loss is computed and
                 logits are not.
         """
-        x = self.final_norm(x)
+        x = self.final_norm(self.residual(stream))
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         scale = 1.0 if self.config.m_width is None else 1.0 / self.config.m_width
         if labels is None:
@@ -243,9 +269,7 @@ class Decoder(nn.Module):
         """
         weight = next(self.parameters())
         layers = {
-            name: block.sequence_mixer.new_cache(
-                batch_size, max_length, device=weight.device, dtype=weight.dtype
-            )
+            name: block.new_cache(batch_size, max_length, device=weight.device, dtype=weight.dtype)
             for name, block in self.blocks.items()
             if isinstance(block, Block)
         }

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from lme_core.architectures.decoder import Block, Decoder
 from lme_core.architectures.decoder_config import DecoderConfig
+from lme_core.architectures.stream import Stream
+from lme_core.layers.auxiliary import Auxiliary
 from lme_core.layers.context import SequenceContext
 from lme_core.layers.normalization import build_norm
 from lme_core.mixers.base import LayerCache
@@ -48,9 +48,12 @@ class GPTBaseBlock(Block):
         self.mlp_norm = build_norm(config, config.hidden_size, kernels)
         self.mlp = config.mlps()[layer].build(config, layer, kernels)
 
-    def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, stream: Stream, context: SequenceContext, cache: LayerCache | None
+    ) -> tuple[Stream, Auxiliary]:
         """Update the residual stream; see `Block`."""
-        mixed = self.sequence_mixer(self.mixer_norm(x), context, cache)
-        normalized, x = self.mlp_norm(mixed, x, self.residual_scale)
-        y = self.mlp(normalized, context)
-        return x + (y if self.residual_scale == 1.0 else self.residual_scale * y)
+        mixed = self.sequence_mixer(self.mixer_norm(stream.x), context, cache)
+        normalized, x = self.mlp_norm(mixed, stream.x, self.residual_scale)
+        y, auxiliary = self.mlp(normalized, context)
+        x = x + (y if self.residual_scale == 1.0 else self.residual_scale * y)
+        return Stream(x), auxiliary

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lme_core.layers.auxiliary import Auxiliary
 from lme_core.layers.context import SequenceContext
 
 
@@ -13,7 +14,7 @@ class MLP(nn.Module):
 
     shard_plan: ClassVar[Mapping[str, str] | None] = None
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Auxiliary]:
         """Transform each token.
 
         Args:
@@ -21,6 +22,6 @@ class MLP(nn.Module):
             context: Facts about the batch.
 
         Returns:
-            Shape (B, S, H), to be added to the residual stream.
+            Shape (B, S, H), to be added to the residual stream; and further losses and statistics.
         """
         raise NotImplementedError

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lme_core.layers.activation import Activation, check_activation, is_glu
+from lme_core.layers.auxiliary import Auxiliary, no_auxiliary
 from lme_core.layers.context import SequenceContext
 from lme_core.layers.dropout import check_probability, dropout
 from lme_core.layers.initialization import linear_std
@@ -86,9 +87,10 @@ class PlainMLP(MLP):
         self.down = _down(config, settings, width)
         self.activation = Activation(config.activation_function, kernels)
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Auxiliary]:
         """Transform each token; see `MLP`."""
-        return _drop(self.down(self.activation(self.up(x))), self.config, context)
+        y = self.down(self.activation(self.up(x)))
+        return _drop(y, self.config, context), no_auxiliary()
 
 
 class GatedMLP(MLP):
@@ -109,10 +111,10 @@ class GatedMLP(MLP):
         self.down = _down(config, settings, width)
         self.activation = Activation(config.activation_function, kernels)
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Auxiliary]:
         """Transform each token; see `MLP`."""
         y = self.activation(self.gate_up(x), self.gate_up.layout(x))
-        return _drop(self.down(y), self.config, context)
+        return _drop(self.down(y), self.config, context), no_auxiliary()
 
 
 def _down(config: DenseMLPConfig, settings: ModelSettings, width: int) -> Linear:
