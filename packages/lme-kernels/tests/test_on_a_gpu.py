@@ -110,7 +110,7 @@ def test_automatic_choice_is_the_fused_kernel(op, backend):
     ]
     with count_calls() as counts:
         op.function(*arguments, **example.options)
-    first = next(each for each in op.implementations if each not in op.manual)
+    first = next((each for each in op.implementations if each not in op.manual), None)
     if backend == first:
         assert counts == {f"{op.name}@{backend}": 1}
 
@@ -139,7 +139,8 @@ def test_a_call_does_not_wait_for_the_device_and_can_be_captured(op, backend):
         return (*outputs, *torch.autograd.grad(differentiable, leaves, factors))
 
     weights = []
-    expected = [each.clone() for each in step(weights)]
+    # Detached: a graph that outlives the step keeps its leaves bound to the stream they were on.
+    expected = [each.detach().clone() for each in step(weights)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -152,7 +153,7 @@ def test_a_call_does_not_wait_for_the_device_and_can_be_captured(op, backend):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(weights)
+        captured = [each.detach() for each in step(weights)]
     for each in captured:
         each.zero_()
     graph.replay()

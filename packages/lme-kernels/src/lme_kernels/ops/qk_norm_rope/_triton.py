@@ -9,6 +9,7 @@ from lme_kernels._triton_rows import num_processors, sum_partials
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton as why_not
 from lme_kernels.ops.qk_norm_rope._triton_kernels import backward_kernel, forward_kernel
+from lme_kernels.tuning import next_power_of_two
 
 __all__ = ["qk_norm_rope", "why_not"]
 
@@ -104,7 +105,7 @@ def _forward(query, key, query_weight, key_weight, cos, sin, eps, channels):
         BLOCK_KEY_HEADS=layout.block_heads(K),
         BLOCK_HALF=layout.block_half,
         BLOCK_PASSING=layout.block_passing,
-        num_warps=max(1, min(8, block_query_heads * D // 512)),
+        num_warps=max(1, min(8, block_query_heads * next_power_of_two(D) // 512)),
     )
     return query_to, key_to
 
@@ -148,7 +149,7 @@ def _backward_one(grad, x, weight, cos, sin, eps, channels):
     x, x_strides = head_strides(x)
     layout = HeadLayout.of(R, D, channels)
     block_heads = layout.block_heads(N)
-    num_warps = max(1, min(8, block_heads * D // 512))
+    num_warps = max(1, min(8, block_heads * next_power_of_two(D) // 512))
     programs = min(B * S, num_processors(x.device) * (16 // num_warps))
     num_partials = 0 if weight is None else programs
     partials = torch.empty((num_partials, D), dtype=torch.float32, device=x.device)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lme_kernels._triton_heads import HeadLayout, angle_stride, head_strides, load_angles, rotate
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton as why_not
+from lme_kernels.tuning import next_power_of_two
 
 __all__ = ["rope", "why_not"]
 
@@ -169,7 +170,7 @@ def _rotate(query, key, cos, sin, channels, backward):
     cos, sin = cos.contiguous(), sin.contiguous()
     layout = HeadLayout.of(R, D, channels)
     block_query_heads = layout.block_heads(N)
-    num_warps = max(1, min(8, block_query_heads * D // 512))
+    num_warps = max(1, min(8, block_query_heads * next_power_of_two(D) // 512))
     _rotate_kernel[(B * S,)](
         query,
         key,
