@@ -14,7 +14,13 @@ from lme_kernels.ops.linear_attention.arguments import (
     num_sequences,
 )
 
-LINEAR_ATTENTION = Op(name="linear_attention", reference=reference.linear_attention)
+LINEAR_ATTENTION = Op(
+    name="linear_attention",
+    reference=reference.linear_attention,
+    implementations={Backend.TRITON: "lme_kernels.ops.linear_attention._triton"},
+    # Runs when named: its proofs have not run on a GPU.
+    manual=frozenset({Backend.TRITON}),
+)
 
 
 @overload

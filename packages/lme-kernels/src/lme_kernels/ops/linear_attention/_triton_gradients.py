@@ -1,0 +1,233 @@
+"""Gradients of a chunk in Triton, from the state before it and the gradient of the one after it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lme_kernels._triton_chunks import (
+    Slots,
+    as_tokens,
+    load_rows,
+    load_state,
+    precision_of,
+    slot_of,
+    store_rows,
+)
+from lme_kernels.ops.linear_attention._triton_outputs import weigh_scores
+from lme_kernels.ops.linear_attention._triton_states import HEAD, NOTHING, head_decay
+from lme_kernels.ops.linear_attention.settings import ChunkSettings
+
+
+@triton.jit(do_not_specialize=["S", "count"])
+def _gradients_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    grad_y_ptr,
+    decay_ptr,
+    weight_ptr,
+    skip_ptr,
+    table_ptr,
+    states_ptr,
+    grad_states_ptr,
+    grad_query_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    grad_decay_ptr,
+    grad_factor_ptr,
+    grad_skip_ptr,
+    S,
+    count,
+    scale,
+    query_stride,
+    query_head,
+    key_stride,
+    key_head,
+    value_stride,
+    value_head,
+    grad_y_stride,
+    grad_y_head,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    DECAY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    PACKED: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    head, slot = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
+    start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
+    query_ptr += (head // QUERY_GROUP).to(tl.int64) * query_head
+    key_ptr += (head // KEY_GROUP).to(tl.int64) * key_head
+    value_ptr += (head // VALUE_GROUP).to(tl.int64) * value_head
+    grad_y_ptr += head.to(tl.int64) * grad_y_head
+    query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
+    key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
+    until, reached, weight, left_over, last = 0.0, 0.0, 0.0, 0.0, 0.0
+    if DECAY == 1:
+        until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
+        left_over = tl.exp2(last - until)
+    if HAS_FACTOR:
+        weight = tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
+    # Rows of keys: what each value is multiplied with for each later output.
+    passed = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    passed = weigh_scores(passed, until, reached, weight, C, DECAY, False, INCLUSIVE, True)
+    passed = (passed * scale).to(query.dtype)
+    skip, grad_skip = 0.0, tl.zeros((C,), dtype=tl.float32)
+    if HAS_SKIP:
+        skip = tl.load(skip_ptr + head).to(tl.float32)
+    grad_factor = tl.zeros((C,), dtype=tl.float32)
+    kept = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    grad_scores = tl.zeros((C, C), dtype=tl.float32)
+    grad_query = tl.zeros((C, BLOCK_K), dtype=tl.float32)
+    grad_key = tl.zeros((C, BLOCK_K), dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        grad_y = load_rows(grad_y_ptr, start, length, grad_y_stride, first, C, V, BLOCK_V)
+        value = load_rows(value_ptr, start, length, value_stride, first, C, V, BLOCK_V)
+        state = load_state(states_ptr, slot * N + head, 0, first, K, V, BLOCK_K, BLOCK_V)
+        grad_state = load_state(grad_states_ptr, slot * N + head, 0, first, K, V, BLOCK_K, BLOCK_V)
+        grad_scores += tl.dot(grad_y, tl.trans(value), input_precision=PRECISION)
+        grad_query += tl.dot(grad_y, tl.trans(state), input_precision=PRECISION)
+        grad_key += tl.dot(value, tl.trans(grad_state), input_precision=PRECISION)
+        grad_value = tl.dot(key, grad_state, input_precision=PRECISION)
+        if DECAY == 1:
+            grad_value *= left_over[:, None]
+            kept += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
+        grad_value += tl.dot(passed, grad_y, input_precision=PRECISION)
+        if HAS_FACTOR:
+            grad_factor += tl.sum(grad_value * value.to(tl.float32), axis=1)
+            grad_value *= weight[:, None]
+        if HAS_SKIP:
+            grad_value += skip * grad_y.to(tl.float32)
+            grad_skip += tl.sum(grad_y.to(tl.float32) * value.to(tl.float32), axis=1)
+        store_rows(
+            grad_value_ptr + head * V, grad_value, start, length, N * V, first, C, V, BLOCK_V
+        )
+    read = scale
+    if DECAY == 1:
+        grad_query *= (tl.exp2(reached) * scale)[:, None]
+        grad_key *= left_over[:, None]
+    else:
+        grad_query *= read
+    if HAS_FACTOR:
+        grad_key *= weight[:, None]
+    total = 0.0
+    if DECAY == 1:
+        # What the decay of any token of the chunk acts on: the state before it, and keys that
+        # reach its end, of which those after the token are taken off below.
+        total = tl.exp2(last) * tl.sum(kept) + tl.sum(grad_key * key.to(tl.float32))
+    grad_scores = weigh_scores(
+        grad_scores * scale, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
+    ).to(query.dtype)
+    grad_query += tl.dot(grad_scores, key, input_precision=PRECISION)
+    grad_key += tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION)
+    store_rows(grad_query_ptr + head * K, grad_query, start, length, N * K, 0, C, K, BLOCK_K)
+    store_rows(grad_key_ptr + head * K, grad_key, start, length, N * K, 0, C, K, BLOCK_K)
+    row = tl.arange(0, C)
+    offset = (start + row) * N + head
+    if DECAY == 1:
+        by_query = tl.sum(grad_query * query.to(tl.float32), axis=1)
+        by_key = tl.sum(grad_key * key.to(tl.float32), axis=1)
+        grad_decay = total + tl.cumsum(by_query - by_key, axis=0, reverse=True)
+        if not INCLUSIVE:
+            grad_decay -= by_query
+        tl.store(grad_decay_ptr + offset, grad_decay, mask=row < length)
+    if HAS_FACTOR:
+        tl.store(grad_factor_ptr + offset, grad_factor, mask=row < length)
+    if HAS_SKIP:
+        tl.store(grad_skip_ptr + slot * N + head, tl.sum(grad_skip))
+
+
+def write_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_y: Tensor,
+    decay: Tensor | None,
+    weight: Tensor | None,
+    skip: Tensor | None,
+    states: Tensor,
+    grad_states: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    scale: float,
+    inclusive: bool,
+    slots: Slots,
+    settings: ChunkSettings,
+) -> None:
+    """Write the gradients of the inputs, head by head.
+
+    Args:
+        query: Shape (B, S, heads, K) or (T, heads, K).
+        key: Likewise.
+        value: Shape (B, S, heads, V) or (T, heads, V).
+        grad_y: Gradient of the outputs, shape (B, S, N, V) or (T, N, V).
+        decay: Sums of logarithms from `sum_decays`; `None` for no decay.
+        weight: Factors of keys from `sum_decays`; `None` for none.
+        skip: Factor of each head's values that is added, shape (N,); `None` for none.
+        states: State before each chunk, shape (slots, N, K, V), dtype of `query`.
+        grad_states: Gradient of the state after each chunk, likewise.
+        grads: Where to write, contiguous: gradients of queries and keys, shape (..., N, K), and of
+            values, shape (..., N, V); of decays and of factors, shape (..., N); and for each slot
+            and head its part of the gradient of `skip`, float32, shape (slots, N).
+        scale: Factor of what is read.
+        inclusive: Whether a token sees itself.
+        slots: The chunks.
+        settings: How to launch.
+    """
+    N, K, V = states.shape[1:]
+    if states.numel() == 0:
+        return
+    query, query_stride, query_head = as_tokens(query)
+    key, key_stride, key_head = as_tokens(key)
+    value, value_stride, value_head = as_tokens(value)
+    grad_y, grad_y_stride, grad_y_head = as_tokens(grad_y)
+    _gradients_kernel[(slots.count * N,)](
+        query,
+        key,
+        value,
+        grad_y,
+        decay,
+        weight,
+        skip,
+        slots.table,
+        states,
+        grad_states,
+        *grads,
+        slots.S,
+        slots.count,
+        scale,
+        query_stride,
+        query_head,
+        key_stride,
+        key_head,
+        value_stride,
+        value_head,
+        grad_y_stride,
+        grad_y_head,
+        N=N,
+        K=K,
+        V=V,
+        QUERY_GROUP=N // query.shape[-2],
+        KEY_GROUP=N // key.shape[-2],
+        VALUE_GROUP=N // value.shape[-2],
+        DECAY=NOTHING if decay is None else HEAD,
+        HAS_FACTOR=weight is not None,
+        HAS_SKIP=skip is not None,
+        PACKED=slots.table is not None,
+        INCLUSIVE=inclusive,
+        PRECISION=precision_of(query.dtype),
+        C=settings.chunk,
+        BLOCK_K=settings.block_key,
+        BLOCK_V=settings.block_value,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+    )

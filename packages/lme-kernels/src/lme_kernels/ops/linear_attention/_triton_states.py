@@ -1,0 +1,288 @@
+"""States of chunks in Triton: a program walks a sequence with a block of one head's state.
+
+Walked backwards with queries for keys and gradients of the outputs for values, the same kernel
+gives the gradients of the states after each chunk.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lme_kernels._triton_chunks import (
+    Slots,
+    as_tokens,
+    load_columns,
+    load_rows,
+    load_state,
+    precision_of,
+    sequence_of,
+    slot_of,
+    store_state,
+)
+from lme_kernels.ops.linear_attention.settings import ChunkSettings
+from lme_kernels.tuning import ceil_div, next_power_of_two
+
+# What decays: nothing, a state by a number a head, or by one a row.
+NOTHING, HEAD, CHANNEL = 0, 1, 2
+
+
+def kind_of(log_decay: Tensor | None, query: Tensor) -> int:
+    """Say what decays."""
+    if log_decay is None:
+        return NOTHING
+    return CHANNEL if log_decay.ndim == query.ndim else HEAD
+
+
+@triton.jit(do_not_specialize=["S", "count"])
+def _decay_kernel(
+    log_decay_ptr,
+    factor_ptr,
+    table_ptr,
+    decay_ptr,
+    weight_ptr,
+    S,
+    count,
+    decay_stride,
+    factor_stride,
+    N: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    PACKED: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum logarithms over the tokens of each chunk, and turn them so that tokens are neighbours.
+
+    "Heads" are heads times channels where each channel decays by itself.
+    """
+    blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    slot = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * BLOCK
+    start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
+    head = (first + tl.arange(0, BLOCK)).to(tl.int64)
+    offset = (head * count + slot)[None, :] * C + tl.arange(0, C)[:, None]
+    here = (head < N)[None, :]
+    if HAS_DECAY:
+        step = load_rows(log_decay_ptr, start, length, decay_stride, first, C, N, BLOCK)
+        until = tl.cumsum(step.to(tl.float32), axis=0) * 1.4426950408889634
+        tl.store(decay_ptr + offset, until, mask=here)
+    if HAS_FACTOR:
+        weight = load_rows(factor_ptr, start, length, factor_stride, first, C, N, BLOCK)
+        tl.store(weight_ptr + offset, weight.to(tl.float32), mask=here)
+
+
+def sum_decays(
+    log_decay: Tensor | None, factor: Tensor | None, slots: Slots
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sum the decays of each head over the tokens of each chunk.
+
+    Args:
+        log_decay: Shape (B, S, N) or (T, N); `None` for none.
+        factor: Factor of each key, of the same shape; `None` for none.
+        slots: The chunks.
+
+    Returns:
+        Sums of `log_decay` up to each token, to base 2, and the factors, 0 past the last token:
+        float32, shape (N, slots, chunk).
+    """
+    given = log_decay if log_decay is not None else factor
+    if given is None:
+        return None, None
+    N = given.shape[-1]
+    shape = (N, slots.count, slots.chunk)
+    decay, weight = (
+        None if each is None else torch.empty(shape, dtype=torch.float32, device=given.device)
+        for each in (log_decay, factor)
+    )
+    if slots.count == 0:
+        return decay, weight
+    log_decay = None if log_decay is None else log_decay.contiguous()
+    factor = None if factor is None else factor.contiguous()
+    block = min(16, next_power_of_two(N))
+    _decay_kernel[(slots.count * ceil_div(N, block),)](
+        log_decay,
+        factor,
+        slots.table,
+        decay,
+        weight,
+        slots.S,
+        slots.count,
+        N,
+        N,
+        N=N,
+        HAS_DECAY=log_decay is not None,
+        HAS_FACTOR=factor is not None,
+        PACKED=slots.table is not None,
+        C=slots.chunk,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return decay, weight
+
+
+@triton.jit
+def head_decay(decay_ptr, head, slot, count, C: tl.constexpr, INCLUSIVE: tl.constexpr):
+    """Load a chunk's sums: up to each token, what each token reads with, and up to the last."""
+    own = decay_ptr + (head.to(tl.int64) * count + slot) * C
+    row = tl.arange(0, C)
+    until = tl.load(own + row)
+    reached = until
+    if not INCLUSIVE:
+        reached = tl.load(own + row - 1, mask=row > 0, other=0.0)
+    return until, reached, tl.load(own + C - 1)
+
+
+@triton.jit(do_not_specialize=["S", "count"])
+def _states_kernel(
+    key_ptr,
+    value_ptr,
+    decay_ptr,
+    weight_ptr,
+    initial_ptr,
+    cu_ptr,
+    first_ptr,
+    states_ptr,
+    final_ptr,
+    S,
+    count,
+    scale,
+    key_stride,
+    key_head,
+    value_stride,
+    value_head,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    DECAY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    key_blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    value_blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    first_value = (program % value_blocks) * BLOCK_V
+    program = program // value_blocks
+    first_key = (program % key_blocks) * BLOCK_K
+    program = program // key_blocks
+    head, sequence = program % N, program // N
+    start, length, base = sequence_of(cu_ptr, first_ptr, sequence, S, C, PACKED)
+    key_ptr += (head // KEY_GROUP).to(tl.int64) * key_head
+    value_ptr += (head // VALUE_GROUP).to(tl.int64) * value_head
+    state = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
+    if HAS_INITIAL:
+        state = load_state(initial_ptr, program, first_key, first_value, K, V, BLOCK_K, BLOCK_V).to(
+            tl.float32
+        )
+    chunks = tl.cdiv(length, C)
+    for step in range(0, chunks):
+        place = step
+        if REVERSE:
+            place = chunks - 1 - step
+        slot = base + place
+        token, left = start + place * C, length - place * C
+        key = load_columns(key_ptr, token, left, key_stride, first_key, C, K, BLOCK_K)
+        value = load_rows(value_ptr, token, left, value_stride, first_value, C, V, BLOCK_V)
+        store_state(
+            states_ptr, state, slot * N + head, first_key, first_value, K, V, BLOCK_K, BLOCK_V
+        )
+        weight = tl.full((C,), scale, dtype=tl.float32)
+        if HAS_FACTOR:
+            weight *= tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
+        if DECAY == 1:
+            until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
+            weight *= tl.exp2(reached) if REVERSE else tl.exp2(last - until)
+            state *= tl.exp2(last)
+        if DECAY == 1 or HAS_FACTOR:
+            key = (key.to(tl.float32) * weight[None, :]).to(value.dtype)
+            state += tl.dot(key, value, input_precision=PRECISION)
+        else:
+            # A factor of everything is applied where it costs no rounding.
+            state += tl.dot(key, value, input_precision=PRECISION) * scale
+    store_state(final_ptr, state, program, first_key, first_value, K, V, BLOCK_K, BLOCK_V)
+
+
+def walk_states(
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor | None,
+    weight: Tensor | None,
+    initial: Tensor | None,
+    final: Tensor,
+    slots: Slots,
+    settings: ChunkSettings,
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+    inclusive: bool = True,
+) -> Tensor:
+    """Compute the state before each chunk, or the gradient of the one after it.
+
+    Args:
+        key: Shape (B, S, heads, K) or (T, heads, K); queries if `reverse`.
+        value: Shape (B, S, heads, V) or (T, heads, V); gradients of outputs if `reverse`.
+        decay: Sums of logarithms from `sum_decays`; `None` for no decay.
+        weight: Factors of keys from `sum_decays`; `None` for none.
+        initial: State to start from, shape (sequences, N, K, V); `None` for zeros.
+        final: Gets the state at the end, same shape.
+        slots: The chunks.
+        settings: How to launch.
+        scale: Factor of `value`.
+        reverse: Whether to walk from the last chunk to the first.
+        inclusive: Whether a token reads a state with itself in it.
+
+    Returns:
+        Shape (slots, N, K, V), dtype of `value`.
+    """
+    sequences, N, K, V = final.shape
+    states = value.new_empty((slots.count, N, K, V))
+    if final.numel() == 0:
+        return states
+    key, key_stride, key_head = as_tokens(key)
+    value, value_stride, value_head = as_tokens(value)
+    blocks = ceil_div(K, settings.block_key) * ceil_div(V, settings.block_value)
+    _states_kernel[(sequences * N * blocks,)](
+        key,
+        value,
+        decay,
+        weight,
+        None if initial is None else initial.contiguous(),
+        slots.cu_seqlens,
+        slots.first,
+        states,
+        final,
+        slots.S,
+        slots.count,
+        scale,
+        key_stride,
+        key_head,
+        value_stride,
+        value_head,
+        N=N,
+        K=K,
+        V=V,
+        KEY_GROUP=N // key.shape[-2],
+        VALUE_GROUP=N // value.shape[-2],
+        DECAY=NOTHING if decay is None else HEAD,
+        HAS_FACTOR=weight is not None,
+        HAS_INITIAL=initial is not None,
+        PACKED=slots.first is not None,
+        REVERSE=reverse,
+        INCLUSIVE=inclusive,
+        PRECISION=precision_of(value.dtype),
+        C=settings.chunk,
+        BLOCK_K=settings.block_key,
+        BLOCK_V=settings.block_value,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+    )
+    return states
