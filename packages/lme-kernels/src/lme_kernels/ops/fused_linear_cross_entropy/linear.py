@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lme_kernels.ops.cross_entropy.reference import reduced
 from lme_kernels.ops.fused_linear_cross_entropy.chunks import chunks_of
@@ -27,6 +28,8 @@ rows, and their gradient by the logits, in the dtype of the logits."""
 # Where gradients are made before that of the loss is known, those of float16 logits are moved to
 # where float16 is exact: a probability of 1e-7 would else be rounded to one digit.
 HALF_GAIN = 256.0
+# A row of logits of so many classes starts at a multiple of 128 bytes.
+ALIGNED_CLASSES = 64
 # Bytes of one product in float32 that is then added, where the product cannot add.
 SLICE_BYTES = 32 << 20
 
@@ -114,29 +117,49 @@ def evaluate(
     grad_x = torch.empty((T, x.shape[1]), dtype=x.dtype, device=x.device) if needs_x else None
     grad_weight: Tensor | None = None
     wanted = needs_x or needs_weight
-    make_logits = chunk_logits(x, weight)
+    V = weight.shape[0]
+    wide = aligned(x, weight)
+    make_logits = chunk_logits(x, wide, V)
     for rows in chunks_of(x, weight, accumulate):
         logits = make_logits(rows)
         row_weights = None if weights is None else weights[rows]
         losses[rows], grad_logits = head(logits, rows, row_weights, gain, wanted)
         if grad_logits is not None:
+            grad_logits = _widened(grad_logits, wide.shape[0])
             if grad_x is not None:
-                grad_x[rows] = grad_logits @ weight
+                torch.mm(grad_logits, wide, out=grad_x[rows])
             if needs_weight:
                 grad_weight = _add_product(grad_weight, grad_logits, x[rows], accumulate)
         # Two chunks of logits at once would be twice the memory.
         del logits, grad_logits
     if needs_weight and grad_weight is None:
         grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device)
-    return Evaluated(losses, grad_x, grad_weight)
+    return Evaluated(losses, grad_x, None if grad_weight is None else grad_weight[:V])
 
 
-def chunk_logits(x: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
+def aligned(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `weight`, on a GPU with rows of zeros up to a multiple of 64 classes.
+
+    Products of matrices whose rows do not start at multiples of 16 bytes, or with such a number of
+    classes, run at a third of the speed or less.
+
+    Args:
+        x: What it is multiplied with, shape (T, H).
+        weight: Shape (V, H).
+    """
+    missing = -weight.shape[0] % ALIGNED_CLASSES
+    if missing == 0 or not _takes_one_buffer(x):
+        return weight
+    return torch.cat((weight, weight.new_zeros((missing, weight.shape[1]))))
+
+
+def chunk_logits(x: Tensor, weight: Tensor, classes: int) -> Callable[[slice], Tensor]:
     """Return a function that makes the logits of some rows, on a GPU always in the same memory.
 
     Args:
         x: Shape (T, H).
-        weight: Shape (V, H).
+        weight: From `aligned`, shape (V or more, H).
+        classes: V.
 
     Returns:
         Takes a slice of rows, the first as long as any, and returns their logits, shape (n, V),
@@ -144,17 +167,14 @@ def chunk_logits(x: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
     """
     if not _takes_one_buffer(x):
         return lambda rows: x[rows] @ weight.t()
-    V = weight.shape[0]
-    # Rows start at multiples of 128 bytes, whatever the number of classes: matrix products and
-    # loads are several times slower otherwise.
-    width = -(-V // 64) * 64
     buffers: list[Tensor] = []
 
     def make(rows: slice) -> Tensor:
         rows_of_x = x[rows]
         if not buffers:
-            buffers.append(x.new_empty((rows_of_x.shape[0], width)))
-        return torch.mm(rows_of_x, weight.t(), out=buffers[0][: rows_of_x.shape[0], :V])
+            buffers.append(x.new_empty((rows_of_x.shape[0], weight.shape[0])))
+        logits = torch.mm(rows_of_x, weight.t(), out=buffers[0][: rows_of_x.shape[0]])
+        return logits[:, :classes]
 
     return make
 
@@ -275,6 +295,18 @@ class _ByRow(torch.autograd.Function):
         )
         absent = (None,) * (len(ctx.needs_input_grad) - 2)
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), *absent
+
+
+def _widened(grad_logits: Tensor, width: int) -> Tensor:
+    """Take the columns that pad the logits' rows in, as zeros."""
+    rows, V = grad_logits.shape
+    if width == V:
+        return grad_logits
+    if grad_logits.stride() != (width, 1):
+        return F.pad(grad_logits, (0, width - V))
+    whole = grad_logits.as_strided((rows, width), (width, 1))
+    whole[:, V:] = 0.0
+    return whole
 
 
 def _takes_one_buffer(x: Tensor) -> bool:

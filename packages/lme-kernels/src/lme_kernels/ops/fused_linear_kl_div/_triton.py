@@ -22,6 +22,7 @@ from lme_kernels.ops.fused_linear_cross_entropy._triton import (
 from lme_kernels.ops.fused_linear_cross_entropy.linear import (
     Evaluated,
     Task,
+    aligned,
     chunk_logits,
     evaluate,
     linear_loss,
@@ -80,7 +81,10 @@ def _evaluate(
 
 
 def _head(labels, teacher, options):
-    make_logits = chunk_logits(*teacher) if len(teacher) == 2 else None
+    make_logits = None
+    if len(teacher) == 2:
+        x, weight = teacher
+        make_logits = chunk_logits(x, aligned(x, weight), weight.shape[0])
 
     def head(logits, rows, weights, gain, wanted):
         T, V = logits.shape
