@@ -376,7 +376,6 @@ def test_recomputing_and_compiling_leave_gradients_and_names(method, compiled):
 @pytest.mark.parametrize(
     ("values", "world", "words"),
     [
-        ({"stage": 0}, 2, "`stage: 0` with 2 processes is not supported yet"),
         ({"tensor_parallel_world_size": 2}, 2, "`tensor_parallel_world_size: 2` is not supported"),
         ({"context_parallel_world_size": 2}, 2, "`context_parallel_world_size: 2` is not"),
     ],

@@ -10,21 +10,24 @@ from torch import Tensor
 _SEGMENT = 4096
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: Sequence[Tensor], *, keep_wide: bool = False) -> Tensor:
     """Return the Euclidean norm of all elements of all gradients.
 
     Args:
         gradients: At least fp32, as low precision overflows when squared.
+        keep_wide: Return it in the dtype of the last sum, fp64 where the device has it, for one
+            that goes on.
 
     Returns:
         0-d, in the first gradient's dtype. Squares are summed in that dtype over short segments
         (CPU) or by the device's blocked kernels, and those sums in fp64 where the device has it.
     """
-    if not gradients:
-        return torch.zeros(())
-    parts = [norm for each in gradients for norm in _segment_norms(each)]
+    parts = [norm for each in gradients if each.numel() for norm in _segment_norms(each)]
+    if not parts:
+        return torch.zeros((), dtype=torch.float64 if keep_wide else torch.float32)
     wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(torch.cat(parts), dtype=wide).to(gradients[0].dtype)
+    norm = torch.linalg.vector_norm(torch.cat(parts), dtype=wide)
+    return norm if keep_wide else norm.to(gradients[0].dtype)
 
 
 def scale_gradients(gradients: Sequence[Tensor], factor: Tensor) -> None:

@@ -5,18 +5,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-InitialValue = Callable[[str, tuple[slice, ...] | None], Tensor]
+from lme_parallel.shards import Region
+
+InitialValue = Callable[[str, Region | None], Tensor]
 """Name and region (`None`: all of it) to values on the CPU."""
 
 
-def materialize(model: nn.Module, device: torch.device, initial_value: InitialValue) -> None:
+def materialize(
+    model: nn.Module,
+    device: torch.device,
+    initial_value: InitialValue,
+    *,
+    parameter_device: torch.device | None = None,
+) -> None:
     """Give every parameter and buffer memory on `device`, and those on meta their first value.
 
-    Tied parameters stay tied. What already has values keeps them and only moves.
+    Tied parameters stay tied. What already has values keeps them and only moves. Of a parameter
+    that is cut over processes only the local part is asked for and made.
 
     Args:
         model: Changed in place.
         device: Where parameters and buffers go.
+        parameter_device: Where cut parameters go; `None`: `device` too.
         initial_value: Called with the first name of each parameter or buffer on meta.
 
     Raises:
@@ -31,7 +41,8 @@ def materialize(model: nn.Module, device: torch.device, initial_value: InitialVa
                     continue
                 if id(parameter) not in made:
                     full_name = f"{module_name}.{name}" if module_name else name
-                    data = _values(full_name, parameter, device, initial_value)
+                    place = parameter_device or device
+                    data = _values(full_name, parameter, place, initial_value)
                     made[id(parameter)] = (
                         parameter
                         if data is parameter
@@ -48,13 +59,43 @@ def materialize(model: nn.Module, device: torch.device, initial_value: InitialVa
 
 
 def _values(name: str, tensor: Tensor, device: torch.device, initial_value: InitialValue) -> Tensor:
+    if is_cut(tensor):
+        return _cut_values(name, tensor, device, initial_value)
     if not tensor.is_meta:
         return tensor if tensor.device == device else tensor.detach().to(device)
     values = initial_value(name, None)
-    if values.shape != tensor.shape:
-        raise ValueError(
-            f"the initial value of `{name}` must have shape {tuple(tensor.shape)}, got"
-            f" {tuple(values.shape)}"
-        )
+    _check_shape(name, values, tensor.shape)
     # A copy even where nothing has to change: two parameters may be given the same memory.
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(values)
+
+
+def _cut_values(
+    name: str, tensor: Tensor, device: torch.device, initial_value: InitialValue
+) -> Tensor:
+    from lme_parallel.local import (  # noqa: PLC0415 (slow to load; for several processes)
+        empty_local,
+        local_of,
+        shard_of,
+    )
+
+    if not local_of(tensor).is_meta:
+        return tensor if tensor.device == device else tensor.detach().to(device)
+    made = empty_local(tensor, device)
+    for region, view in shard_of(tensor).views(local_of(made)):
+        values = initial_value(name, region)
+        _check_shape(name, values, view.shape)
+        view.copy_(values)
+    return made
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, without loading that code where none can be."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "device_mesh")
+
+
+def _check_shape(name: str, values: Tensor, shape: torch.Size) -> None:
+    if values.shape != shape:
+        raise ValueError(
+            f"the initial value of `{name}` must have shape {tuple(shape)}, got"
+            f" {tuple(values.shape)}"
+        )

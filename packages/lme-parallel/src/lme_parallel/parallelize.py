@@ -1,15 +1,17 @@
 """The order in which a model is prepared for its devices, in one function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from lme_parallel.args import DistributedArgs
 from lme_parallel.compile import apply_compile
-from lme_parallel.materialize import InitialValue, materialize
+from lme_parallel.data import MakeMasters, place_over, place_whole
+from lme_parallel.materialize import InitialValue
+from lme_parallel.placement import Placement
 from lme_parallel.recompute import apply_recompute
-from lme_parallel.runtime import DistributedRuntime, Masters, Scaler
+from lme_parallel.runtime import DistributedRuntime, Scaler
 from lme_parallel.topology import Topology
 
 
@@ -21,13 +23,15 @@ def parallelize(
     device: torch.device,
     dtype: torch.dtype,
     initial_value: InitialValue,
-    masters: Callable[[nn.Module, torch.dtype], Masters] | None = None,
+    masters: MakeMasters | None = None,
     scaler: Scaler | None = None,
     compile_backend: str = "inductor",
 ) -> DistributedRuntime:
     """Prepare a plain model for its devices and return what runs it.
 
-    The order is: memory and first values, lower-precision copies, recomputation, compilation.
+    The order is: recomputation, compilation, placement over the data-parallel processes, memory
+    and first values, lower-precision copies. With several processes a process group must exist,
+    and every process calls this at the same time.
 
     Args:
         model: Has `blocks`, keyed by layer index as a string; usually on meta. Changed in place.
@@ -36,8 +40,9 @@ def parallelize(
         device: This process's device.
         dtype: What the model computes in; parameters that are updated stay fp32.
         initial_value: First value of a parameter or saved buffer: name and region (`None` for
-            all of it) to a tensor on the CPU.
-        masters: Makes fp32 parameters behind a `bfloat16` or `float16` model; needed for those.
+            all of it) to a tensor on the CPU. Cut parameters ask for the part that is here.
+        masters: Makes fp32 parameters behind a `bfloat16` or `float16` model; needed for those
+            where parameters are whole in each process.
         scaler: Loss scale; needed for `float16`.
         compile_backend: Backend of `torch_compile: true`.
 
@@ -47,24 +52,36 @@ def parallelize(
     Raises:
         ValueError: If a setting does not fit the model or is not supported, naming it.
     """
-    _check_supported(topology, args)
-    lower = dtype not in (torch.float32, torch.float64)
-    if lower and masters is None:
-        raise ValueError(f"`dtype` {dtype} needs `masters`, the fp32 parameters behind the model")
+    _check_supported(topology)
     if dtype == torch.float16 and scaler is None:
         raise ValueError("`dtype` torch.float16 needs a `scaler`, or small gradients vanish")
-    materialize(model, device, initial_value)
-    made = masters(model, dtype) if lower and masters is not None else None
     blocks = _blocks(model)
+    # Here, one by one, the axes change the model: tensor, expert, context.
     apply_recompute(blocks, args)
     if args.torch_compile:
         apply_compile(blocks.values(), backend=compile_backend)
-    return DistributedRuntime(model, device=device, masters=made, scaler=scaler)
-
-
-def _check_supported(topology: Topology, args: DistributedArgs) -> None:
     if topology.is_single:
-        return
+        placement: Placement = place_whole(
+            model, device=device, dtype=dtype, initial_value=initial_value, masters=masters
+        )
+        return DistributedRuntime(model, placement, device=device, scaler=scaler)
+    from lme_parallel.mesh import Mesh  # noqa: PLC0415 (slow to load; for several processes)
+
+    mesh = Mesh.of(topology, device)
+    placement = place_over(
+        mesh,
+        model,
+        blocks,
+        args,
+        device=device,
+        dtype=dtype,
+        initial_value=initial_value,
+        masters=masters,
+    )
+    return DistributedRuntime(model, placement, device=device, mesh=mesh, scaler=scaler)
+
+
+def _check_supported(topology: Topology) -> None:
     axes = {
         "tensor_parallel_world_size": topology.tensor,
         "pipeline_parallel_world_size": topology.pipeline,
@@ -74,10 +91,6 @@ def _check_supported(topology: Topology, args: DistributedArgs) -> None:
     for name, size in axes.items():
         if size > 1:
             raise ValueError(f"`{name}: {size}` is not supported yet; use 1")
-    raise ValueError(
-        f"`stage: {args.stage}` with {topology.world_size} processes is not supported yet; start"
-        " one process"
-    )
 
 
 def _blocks(model: nn.Module) -> Mapping[str, nn.Module]:

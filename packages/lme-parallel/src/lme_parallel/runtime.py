@@ -1,13 +1,18 @@
 """One training step over any layout: gradients of the globally normalised loss."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lme_parallel.gradients import global_norm, scale_gradients
+from lme_parallel.placement import Placement, drop_gradients
+from lme_parallel.shards import Shard
+
+if TYPE_CHECKING:
+    from lme_parallel.mesh import Mesh
 
 Batch = Mapping[str, Tensor]
 
@@ -40,22 +45,6 @@ class Objective(Protocol):
         ...
 
 
-class Masters(Protocol):
-    """fp32 parameters behind a model whose own are in a lower precision."""
-
-    def named_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return the fp32 parameters by name."""
-        ...
-
-    def collect_gradients(self) -> None:
-        """Add the model's gradients to the fp32 ones and clear them."""
-        ...
-
-    def refresh(self) -> None:
-        """Copy the fp32 parameters into the model."""
-        ...
-
-
 class Scaler(Protocol):
     """Scale of an fp16 loss, adjusted to what overflows."""
 
@@ -84,30 +73,39 @@ class DistributedRuntime:
     """Runs objectives over a model that `parallelize` prepared.
 
     Args:
-        model: Whole, materialised, on `device`.
+        model: Materialised, as far as this process holds it.
+        placement: Where its parameters are.
         device: Where batches go.
-        masters: fp32 parameters, where the model's own are lower.
+        mesh: The processes; `None` for one process.
         scaler: Loss scale, for fp16.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        placement: Placement,
         *,
         device: torch.device,
-        masters: Masters | None = None,
+        mesh: "Mesh | None" = None,
         scaler: Scaler | None = None,
     ) -> None:
         self.device = device
         self.model = model
-        self._masters = masters
+        self._placement = placement
+        self._mesh = mesh
         self._scaler = scaler
-        named = model.named_parameters() if masters is None else masters.named_parameters().items()
-        self._parameters = dict(named)
+        self._parameters = placement.named_parameters()
 
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return the fp32 parameters by name, frozen ones too, as they are saved as well."""
+        """Return the parameters by name, at least fp32, frozen ones too, as they are saved as well.
+
+        Of a parameter that is cut over processes it is the local part; `shards` says which.
+        """
         return self._parameters
+
+    def shards(self) -> Mapping[str, Shard]:
+        """Return which part of each parameter is here."""
+        return self._placement.shards()
 
     def named_buffers(self) -> Mapping[str, Tensor]:
         """Return the buffers that are saved with the model, by name."""
@@ -120,10 +118,11 @@ class DistributedRuntime:
 
         Args:
             objective: What is minimised.
-            batches: Micro batches of one step; moved to the device.
+            batches: This process's micro batches of one step, as many as any other's; moved to
+                the device.
 
         Returns:
-            Sums of the step, still on the device.
+            Sums of the step over all processes, still on the device.
 
         Raises:
             ValueError: If there is no batch.
@@ -132,25 +131,27 @@ class DistributedRuntime:
             raise ValueError("a step needs at least one micro batch, got none")
         batches = [self._to_device(batch) for batch in batches]
         counts = self._global_counts([objective.counts(batch) for batch in batches])
-        self._drop_gradients()
+        drop_gradients(self._parameters)
         sums = _RunningSums()
-        for batch in batches:
-            micro = objective.loss(objective.forward(self.model, batch), batch)
+        module = self._placement.forward_module()
+        for number, batch in enumerate(batches, start=1):
+            self._placement.begin(is_last=number == len(batches))
+            micro = objective.loss(objective.forward(module, batch), batch)
             loss = _mean_loss(micro, counts)
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-            if self._masters is not None:
-                self._masters.collect_gradients()
+            self._placement.backward(loss if self._scaler is None else self._scaler.scale(loss))
             sums.add(micro)
-        return sums.finish(counts)
+        self._placement.finish()
+        return sums.finish(counts, self._sum)
 
     def forward(self, objective: Objective, batch: Batch) -> Any:  # the objective's LossSum
-        """Evaluate one batch without gradients; the sums are global."""
+        """Evaluate one batch without gradients; the sums are over all processes."""
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
                 batch = self._to_device(batch)
-                return objective.loss(objective.forward(self.model, batch), batch)
+                outputs = objective.forward(self._placement.forward_module(), batch)
+                return self._sum_over_processes(objective.loss(outputs, batch))
         finally:
             self.model.train(training)
 
@@ -160,8 +161,8 @@ class DistributedRuntime:
         Args:
             max_norm: Largest allowed norm; `None` only measures.
         """
-        gradients = [each.grad for each in self._parameters.values() if each.grad is not None]
-        norm = global_norm(gradients).to(self.device)
+        named = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        norm = self._global_norm(named)
         factor: Tensor | None = None
         if self._scaler is not None:
             factor = self._scaler.inverse()
@@ -172,20 +173,20 @@ class DistributedRuntime:
             shrink = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             factor = shrink if factor is None else factor * shrink
         if factor is not None:
-            scale_gradients(gradients, factor)
+            scale_gradients(list(named.values()), factor)
         return norm
 
     def reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
-        """Reduce over the data-parallel ranks; one process has nothing to reduce."""
+        """Combine a tensor over processes: `sum` over those with other rows, `max` over all."""
         if op not in ("sum", "max"):
             raise ValueError(f"`op` must be `sum` or `max`, got {op!r}")
-        return tensor
+        if self._mesh is None:
+            return tensor
+        return self._mesh.reduce(tensor, op)
 
     def finish_step(self) -> None:
-        """Copy updated fp32 parameters into a lower-precision model and drop the gradients."""
-        self._drop_gradients()
-        if self._masters is not None:
-            self._masters.refresh()
+        """Let the model compute with updated parameters and drop the gradients."""
+        self._placement.refresh()
 
     def state_dict(self) -> dict[str, Any]:  # JSON
         """Return the loss scale, where there is one."""
@@ -196,10 +197,6 @@ class DistributedRuntime:
         if self._scaler is not None and "loss_scale" in state:
             self._scaler.load_state_dict(state["loss_scale"])
 
-    def _drop_gradients(self) -> None:
-        for parameter in self._parameters.values():
-            parameter.grad = None
-
     def _to_device(self, batch: Batch) -> Batch:
         return {name: each.to(self.device, non_blocking=True) for name, each in batch.items()}
 
@@ -208,11 +205,35 @@ class DistributedRuntime:
         for each in counts:
             for name, count in each.items():
                 totals[name] = totals[name] + count if name in totals else count
+        summed = self._sum([total.to(self.device) for total in totals.values()])
         # A batch without targets has a loss of 0, not of 0/0.
-        return {
-            name: self.reduce(total.to(self.device), "sum").clamp(min=1)
-            for name, total in totals.items()
+        return {name: each.clamp(min=1) for name, each in zip(totals, summed, strict=True)}
+
+    def _global_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        if self._mesh is None:
+            return global_norm(list(gradients.values())).to(self.device)
+        # Each element counts once, whoever holds copies of it.
+        shards = self._placement.shards()
+        owned = [each for name, each in gradients.items() if shards[name].is_owner]
+        wide = global_norm(owned, keep_wide=True).to(self.device)
+        norm = self._mesh.sum_over_all(wide.square()).sqrt()
+        dtype = next((each.dtype for each in gradients.values()), torch.float32)
+        return norm.to(dtype)
+
+    def _sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors) if self._mesh is None else self._mesh.sum_together(tensors)
+
+    def _sum_over_processes(self, sums: Any) -> Any:  # the objective's LossSum
+        if self._mesh is None:
+            return sums
+        names = list(sums.extras)
+        parts = [sums.total, sums.targets, *(sums.extras[name].total for name in names)]
+        total, targets, *rest = self._sum([each.to(self.device) for each in parts])
+        extras = {
+            name: replace(sums.extras[name], total=each)
+            for name, each in zip(names, rest, strict=True)
         }
+        return replace(sums, total=total, targets=targets, extras=extras)
 
 
 class _RunningSums:
@@ -229,13 +250,22 @@ class _RunningSums:
         for name, term in sums.extras.items():
             self._add(name, term.total, term.per, term.weight)
 
-    def finish(self, counts: Mapping[str, Tensor]) -> StepSums:
-        values = {name: total / counts[per] for name, (total, per, _) in self._terms.items()}
+    def finish(
+        self, counts: Mapping[str, Tensor], add_up: Callable[[Sequence[Tensor]], list[Tensor]]
+    ) -> StepSums:
+        totals = [total for total, _, _ in self._terms.values()]
+        targets, *totals = add_up(
+            [torch.as_tensor(self._targets, device=totals[0].device), *totals]
+        )
+        values = {
+            name: total / counts[per]
+            for total, (name, (_, per, _)) in zip(totals, self._terms.items(), strict=True)
+        }
         loss = values["lm_loss"]
         for name, (_, _, weight) in self._terms.items():
             if name != "lm_loss" and weight:
                 loss = loss + weight * values[name]
-        return StepSums(loss=loss, values=values, targets=torch.as_tensor(self._targets))
+        return StepSums(loss=loss, values=values, targets=targets)
 
     def _add(self, name: str, total: Tensor, per: str, weight: float) -> None:
         total = total.detach()

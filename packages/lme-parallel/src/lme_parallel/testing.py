@@ -27,6 +27,8 @@ _PRELOADED = (
     "torch.distributed.tensor.parallel",
     "lme_parallel.checkpoint.checkpointer",
     "lme_parallel.parallelize",
+    "lme_parallel.equality",
+    "lme_parallel.sharded",
     # What test files import themselves.
     "hypothesis",
     "pytest",

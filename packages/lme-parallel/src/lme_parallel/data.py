@@ -1,0 +1,149 @@
+"""Data parallelism: which placement of parameters a stage and an algorithm ask for."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lme_parallel.args import DistributedArgs
+from lme_parallel.dtypes import torch_dtype
+from lme_parallel.materialize import InitialValue, materialize
+from lme_parallel.placement import Masters, Placement, WholeParameters
+
+if TYPE_CHECKING:
+    from lme_parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+MakeMasters = Callable[[nn.Module, torch.dtype], Masters]
+
+
+def place_whole(
+    model: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    initial_value: InitialValue,
+    masters: MakeMasters | None,
+) -> WholeParameters:
+    """Give a model memory and values in the only process.
+
+    Args:
+        model: Usually on meta. Changed in place.
+        device: Where it computes.
+        dtype: In what it computes.
+        initial_value: First values.
+        masters: Makes fp32 parameters behind a lower-precision model.
+    """
+    materialize(model, device, initial_value)
+    return WholeParameters(model, make_masters(model, dtype, masters))
+
+
+def place_over(
+    mesh: "Mesh",
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    args: DistributedArgs,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    initial_value: InitialValue,
+    masters: MakeMasters | None,
+) -> Placement:
+    """Spread a model over the data-parallel processes and give it memory and values.
+
+    Args:
+        mesh: The processes.
+        model: Usually on meta. Changed in place.
+        blocks: What is gathered as one, by layer.
+        args: The `distributed_args` section.
+        device: Where it computes.
+        dtype: In what it computes.
+        initial_value: First values.
+        masters: Makes fp32 parameters behind a lower-precision model that is whole here.
+    """
+    if args.fsdp_algorithm == 3:
+        logger.warning("`fsdp_algorithm: 3` runs as `fsdp_algorithm: 2`")
+    communication = torch_dtype(args.communication_dtype)
+    if args.stage == 0 and args.fsdp_algorithm in (None, 1):
+        if args.sync_every_gradient_accumulation_step:
+            logger.warning(
+                "`sync_every_gradient_accumulation_step: true` has no effect with `stage: 0` and"
+                " `fsdp_algorithm: %s`, where gradients are added up before they are sent",
+                "null" if args.fsdp_algorithm is None else args.fsdp_algorithm,
+            )
+        from lme_parallel.replicated import (  # noqa: PLC0415 (for several processes)
+            ReplicatedParameters,
+        )
+
+        materialize(model, device, initial_value)
+        return ReplicatedParameters(
+            model,
+            make_masters(model, dtype, masters),
+            mesh.data,
+            communication_dtype=communication,
+            overlap=not args.gradient_checkpointing_args.use_reentrant,
+        )
+    from lme_parallel.sharded import (  # noqa: PLC0415 (slow to load; for several processes)
+        ShardedParameters,
+        adopt_values,
+        shard_model,
+    )
+
+    low = is_low(dtype)
+    shard_model(
+        model,
+        blocks.values(),
+        mesh.sharding,
+        stage=args.stage,
+        compute_dtype=dtype if low else None,
+        reduce_dtype=torch.float32 if low and communication is None else communication,
+        offload=args.cpu_offload,
+    )
+    materialize(
+        model,
+        device,
+        initial_value,
+        parameter_device=torch.device("cpu") if args.cpu_offload else None,
+    )
+    adopt_values(model)
+    return ShardedParameters(model, stage=args.stage, sync_every_step=syncs_every_step(args))
+
+
+def syncs_every_step(args: DistributedArgs) -> bool:
+    """Return whether gradients are summed over processes in each micro step.
+
+    Stages 2 and 3 promise that no process holds whole gradients, which needs it.
+    """
+    chosen = args.sync_every_gradient_accumulation_step
+    if chosen is None:
+        return args.stage >= 2
+    if not chosen and args.stage >= 2:
+        logger.warning(
+            "`sync_every_gradient_accumulation_step: false` keeps whole gradients in each process"
+            " between micro steps, which `stage: %d` would not; leave it out to save memory",
+            args.stage,
+        )
+    return chosen
+
+
+def is_low(dtype: torch.dtype) -> bool:
+    """Return whether parameters are copies in a lower precision than they are kept in."""
+    return dtype not in (torch.float32, torch.float64)
+
+
+def make_masters(
+    model: nn.Module, dtype: torch.dtype, masters: MakeMasters | None
+) -> Masters | None:
+    """Make fp32 parameters behind a model, where `dtype` needs them.
+
+    Raises:
+        ValueError: If it does and `masters` is missing.
+    """
+    if not is_low(dtype):
+        return None
+    if masters is None:
+        raise ValueError(f"`dtype` {dtype} needs `masters`, the fp32 parameters behind the model")
+    return masters(model, dtype)

@@ -1,0 +1,85 @@
+"""Process groups along the axes of a topology."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lme_parallel.topology import Topology
+
+_OPS = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The processes of a run by axis: `pipeline`, `replicate`, `shard`, `tensor`."""
+
+    root: DeviceMesh
+    """All processes; axes of size 1 are there too."""
+    data: ProcessGroup
+    """Those with other rows, or other parts of them: over `replicate` and `shard`."""
+
+    @classmethod
+    def of(cls, topology: Topology, device: torch.device) -> "Mesh":
+        """Make the groups; every process calls this at the same time.
+
+        Args:
+            topology: Sizes of the axes.
+            device: This process's device; only its type matters.
+        """
+        root = init_device_mesh(
+            device.type,
+            (topology.pipeline, topology.replicate, topology.shard, topology.tensor),
+            mesh_dim_names=("pipeline", "replicate", "shard", "tensor"),
+        )
+        if topology.pipeline == topology.tensor == 1:
+            # Nobody else is there: no group has to be made.
+            world = distributed.group.WORLD
+            if world is None:
+                raise RuntimeError("a mesh needs a process group; start one first")
+            return cls(root, world)
+        return cls(root, root["replicate", "shard"]._flatten("data").get_group())
+
+    @property
+    def sharding(self) -> DeviceMesh:
+        """Over which parameters are cut (last axis) and copied (first of two)."""
+        if self.root.size(1) == 1:
+            return self.root["shard"]
+        return self.root["replicate", "shard"]
+
+    def reduce(self, tensor: Tensor, op: str) -> Tensor:
+        """Combine a tensor over processes: `sum` over those with other rows, `max` over all.
+
+        Args:
+            tensor: On the host or the device; not changed.
+            op: `sum` or `max`.
+
+        Returns:
+            The result, on the same device. One on the device is not waited for.
+        """
+        result = tensor.detach().clone()
+        group = self.data if op == "sum" else None
+        distributed.all_reduce(result, op=_OPS[op], group=group)
+        return result
+
+    def sum_over_all(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes; not changed."""
+        result = tensor.detach().clone()
+        distributed.all_reduce(result)
+        return result
+
+    def sum_together(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Add up scalars over those with other rows, in one message.
+
+        Args:
+            tensors: 0-d, on one device. Sums are taken in fp64, which holds counts to 2**53.
+
+        Returns:
+            The sums, in the dtypes given.
+        """
+        stacked = torch.stack([each.detach().double() for each in tensors])
+        distributed.all_reduce(stacked, group=self.data)
+        return [total.to(each.dtype) for total, each in zip(stacked, tensors, strict=True)]

@@ -1,0 +1,188 @@
+"""Distributed data parallel: the whole model in each process, gradients summed in buckets.
+
+Source: Li et al. 2020, "PyTorch Distributed" (arXiv:2006.15704): buckets in the order in which
+gradients become ready, summed while the backward pass goes on. Buckets are at least fp32 here, so
+that a low-precision model's gradients are added up exactly as in one process.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+
+from lme_parallel.placement import Masters, drop_gradients
+from lme_parallel.shards import Shard, whole
+
+BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Parameters whose gradients are one message."""
+
+    names: tuple[str, ...]
+    views: Mapping[str, Tensor]
+    """Gradient of each, inside `flat`."""
+    flat: Tensor
+    missing: set[str] = field(default_factory=set)
+    """Those whose gradient of the last micro step is not there yet."""
+    is_sent: bool = False
+
+
+class ReplicatedParameters:
+    """Each process holds and updates everything; gradients are the sums over processes.
+
+    Args:
+        model: With values, the same in each process.
+        masters: fp32 parameters, where the model's own are lower.
+        group: The processes.
+        communication_dtype: Of the messages; `None`: that of the parameters that are updated.
+        overlap: Whether sums start while the backward pass still runs; it needs each parameter's
+            gradient to become ready once a pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masters: Masters | None,
+        group: ProcessGroup,
+        *,
+        communication_dtype: torch.dtype | None,
+        overlap: bool,
+    ) -> None:
+        self._model = model
+        self._masters = masters
+        self._group = group
+        self._communication_dtype = communication_dtype
+        self._overlap = overlap
+        self._is_first = distributed.get_rank(group) == 0
+        own = dict(model.named_parameters())
+        self._parameters = own if masters is None else dict(masters.named_parameters())
+        trained = [name for name, each in own.items() if each.requires_grad]
+        self._bucket_of = {}
+        # The last parameters' gradients are ready first.
+        self._buckets = _make_buckets({name: self._parameters[name] for name in reversed(trained)})
+        for bucket in self._buckets:
+            self._bucket_of.update(dict.fromkeys(bucket.names, bucket))
+        self._is_last = True
+        self._sums: list[tuple[Bucket, Tensor, distributed.Work]] = []
+        for name in trained:
+            own[name].register_post_accumulate_grad_hook(_Collect(self, name))
+
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the parameters, or their masters."""
+        return self._parameters
+
+    def shards(self) -> Mapping[str, Shard]:
+        """Return that all is here, and that the first process speaks for it."""
+        return {
+            name: whole(each.shape, is_owner=self._is_first)
+            for name, each in self._parameters.items()
+        }
+
+    def forward_module(self) -> nn.Module:
+        """Return the model."""
+        return self._model
+
+    def begin(self, *, is_last: bool) -> None:
+        """Expect each gradient once more."""
+        self._is_last = is_last
+        for bucket in self._buckets:
+            bucket.missing = set(bucket.names)
+            bucket.is_sent = False
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass; gradients collect in the buckets."""
+        loss.backward()
+        if self._is_last:
+            for bucket in self._buckets:
+                self._send(bucket)
+
+    def collect(self, name: str, parameter: Tensor) -> None:
+        """Move a gradient that became ready into its bucket."""
+        if parameter.grad is None:
+            return
+        bucket = self._bucket_of[name]
+        bucket.views[name].add_(parameter.grad)
+        parameter.grad = None
+        bucket.missing.discard(name)
+        if self._is_last and self._overlap and not bucket.missing:
+            self._send_up_to(bucket)
+
+    def finish(self) -> None:
+        """Wait for the sums and hand them to the parameters."""
+        for bucket, message, work in self._sums:
+            work.wait()
+            if message is not bucket.flat:
+                bucket.flat.copy_(message)
+        self._sums = []
+        for bucket in self._buckets:
+            for name in bucket.names:
+                self._parameters[name].grad = bucket.views[name]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Empty the buckets and renew the low-precision copies."""
+        drop_gradients(self._parameters)
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+        if self._masters is not None:
+            self._masters.refresh()
+
+    def _send_up_to(self, ready: Bucket) -> None:
+        """Send in the order of the buckets, which is the same in each process."""
+        for bucket in self._buckets:
+            if bucket.missing:
+                return
+            self._send(bucket)
+            if bucket is ready:
+                return
+
+    def _send(self, bucket: Bucket) -> None:
+        if bucket.is_sent:
+            return
+        bucket.is_sent = True
+        message = bucket.flat
+        if self._communication_dtype is not None:
+            message = message.to(self._communication_dtype)
+        work = distributed.all_reduce(message, group=self._group, async_op=True)
+        if work is None:
+            raise RuntimeError("this process is not part of the group that sums its gradients")
+        self._sums.append((bucket, message, work))
+
+
+@dataclass(frozen=True, slots=True)
+class _Collect:
+    """The hook of one parameter."""
+
+    owner: ReplicatedParameters
+    name: str
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.owner.collect(self.name, parameter)
+
+
+def _make_buckets(parameters: Mapping[str, nn.Parameter]) -> list[Bucket]:
+    """Group parameters of one dtype and device, in order, into buckets of about 25 MiB."""
+    groups: list[list[str]] = []
+    size, kind = 0, None
+    for name, each in parameters.items():
+        if kind != (each.dtype, each.device) or size >= BUCKET_BYTES:
+            groups.append([])
+            size, kind = 0, (each.dtype, each.device)
+        groups[-1].append(name)
+        size += each.numel() * each.element_size()
+    return [_make_bucket({name: parameters[name] for name in names}) for names in groups]
+
+
+def _make_bucket(parameters: Mapping[str, nn.Parameter]) -> Bucket:
+    first = next(iter(parameters.values()))
+    sizes: Sequence[int] = [each.numel() for each in parameters.values()]
+    flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+    views = {
+        name: part.view(each.shape)
+        for (name, each), part in zip(parameters.items(), flat.split(list(sizes)), strict=True)
+    }
+    return Bucket(tuple(parameters), views, flat)

@@ -1,0 +1,149 @@
+"""`fully_shard`: ZeRO stages 0 to 3, hybrid sharding, mixed precision, parameters on the host."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from lme_parallel.local import local_of, local_parameter, shard_of
+from lme_parallel.placement import drop_gradients
+from lme_parallel.shards import Shard
+
+
+def shard_model(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    stage: int,
+    compute_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    offload: bool,
+) -> None:
+    """Cut every parameter of a model over a mesh, in place; names stay.
+
+    Args:
+        model: Usually on meta.
+        blocks: Each is gathered, and its gradients are reduced, as one.
+        mesh: One axis that cuts, or one that copies and one that cuts.
+        stage: ZeRO stage; 3 frees a block's whole parameters after its forward pass.
+        compute_dtype: Of whole parameters; `None`: that of the shards.
+        reduce_dtype: In which gradients are summed; `None`: that of whole parameters.
+        offload: Keep shards in host memory.
+    """
+    size = mesh.size(mesh.ndim - 1)
+
+    def place(parameter: nn.Parameter) -> ShardPlacement:
+        return ShardPlacement(shard_dim(parameter.shape, size))
+
+    policy: OffloadPolicy = OffloadPolicy()
+    if offload:
+        policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+        ),
+        "offload_policy": policy,
+        "shard_placement_fn": place,
+    }
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=stage == 3, **options)
+    # What is left is used first in the backward pass, so it stays whole until then.
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in _units(model):
+        # Losses are divided by global counts, so gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def shard_dim(shape: torch.Size, size: int) -> int:
+    """Choose the dim that is cut: 0, or where it is too short another that divides evenly."""
+    if not shape or shape[0] >= size:
+        return 0
+    return next(
+        (dim for dim, length in enumerate(shape) if length > size and length % size == 0), 0
+    )
+
+
+def adopt_values(model: nn.Module) -> None:
+    """Let the units of a model take over shards that were put in place of those on meta."""
+    model._apply(lambda tensor: tensor)
+
+
+class ShardedParameters:
+    """Each process updates its shards; whole parameters exist while they are computed with.
+
+    Args:
+        model: Prepared by `shard_model`, with values.
+        stage: ZeRO stage.
+        sync_every_step: Whether gradients are reduced in each micro step.
+    """
+
+    def __init__(self, model: nn.Module, *, stage: int, sync_every_step: bool) -> None:
+        self._model = model
+        self._stage = stage
+        self._sync_every_step = sync_every_step
+        self._units = _units(model)
+        self._root = self._units[0]
+        self._cut: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._parameters = {name: local_parameter(each) for name, each in self._cut.items()}
+
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the local shards, which share memory with the model's."""
+        return self._parameters
+
+    def shards(self) -> Mapping[str, Shard]:
+        """Return which part of each parameter is here."""
+        return {name: shard_of(each) for name, each in self._cut.items()}
+
+    def forward_module(self) -> nn.Module:
+        """Return the model, whose calls gather what they need."""
+        return self._model
+
+    def begin(self, *, is_last: bool) -> None:
+        """Decide what the coming backward pass reduces and frees."""
+        self._root.set_requires_gradient_sync(is_last or self._sync_every_step)
+        # Stages below 3 keep whole parameters for the whole step.
+        self._root.set_reshard_after_backward(is_last or self._stage == 3)
+        self._root.set_is_last_backward(is_last)
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass."""
+        loss.backward()
+
+    def finish(self) -> None:
+        """Hand the shards of the gradients to the local parameters.
+
+        Raises:
+            RuntimeError: If the model's shards are no longer those handed out.
+        """
+        for name, cut in self._cut.items():
+            local = self._parameters[name]
+            if not _same_memory(cut, local):
+                raise RuntimeError(f"the shard of `{name}` was replaced since it was handed out")
+            local.grad = None if cut.grad is None else local_of(cut.grad)
+
+    def refresh(self) -> None:
+        """Drop gradients and whole parameters, so that the next pass gathers new ones."""
+        drop_gradients(self._parameters)
+        drop_gradients(self._cut)
+        for unit in self._units:
+            unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _same_memory(cut: nn.Parameter, local: nn.Parameter) -> bool:
+    return local.numel() == 0 or local_of(cut).data_ptr() == local.data_ptr()
