@@ -16,7 +16,12 @@ from lme_core.layers import random
 from lme_core.layers.auxiliary import Auxiliary, add_layer, no_auxiliary
 from lme_core.layers.context import SequenceContext
 from lme_core.layers.dropout import dropout
-from lme_core.layers.initialization import ParameterSpec, ParameterTraits, collect_specs
+from lme_core.layers.initialization import (
+    ParameterSpec,
+    ParameterTraits,
+    collect_buffer_specs,
+    collect_specs,
+)
 from lme_core.layers.linear import Embedding, Linear
 from lme_core.layers.normalization import build_norm
 from lme_core.mixers.base import LayerCache, SequenceMixer
@@ -131,7 +136,9 @@ class Decoder(nn.Module):
         self.rotary = config.rotary()
         self.has_dropout = config.has_dropout()
         self.specs: Mapping[str, ParameterSpec] = collect_specs(self)
-        self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        self.specs_of_buffers: Mapping[str, ParameterSpec] = collect_buffer_specs(self)
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        self.shapes = {name: tuple(each.shape) for name, each in tensors}
         if not any(p.is_meta for p in self.parameters()):
             self.initialize()
 
@@ -280,7 +287,7 @@ class Decoder(nn.Module):
         return next(self.parameters()).dtype
 
     def initial_value(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
-        """Compute initial values of a parameter: the same bits for any cut of it.
+        """Compute initial values of a parameter or buffer: the same bits for any cut of it.
 
         Args:
             name: Fully qualified name in the whole model.
@@ -290,16 +297,17 @@ class Decoder(nn.Module):
             float32 on the CPU, of the region's shape.
 
         Raises:
-            KeyError: If there is no such parameter.
+            KeyError: If there is no such parameter or buffer.
         """
         key = random.key_of(self.seed, name)
-        return self.specs[name].initial(key, self.shapes[name], region)
+        spec = self.specs[name] if name in self.specs else self.specs_of_buffers[name]
+        return spec.initial(key, self.shapes[name], region)
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Set every parameter to its initial value, in its own dtype and on its own device."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(self.initial_value(name))
+        """Set parameters and buffers to their initial values, in place."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            tensor.copy_(self.initial_value(name))
 
     def materialize(
         self, device: torch.device | str, dtype: torch.dtype = torch.float32

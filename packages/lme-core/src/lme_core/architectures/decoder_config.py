@@ -79,6 +79,8 @@ class DecoderConfig:
     """Id of padding; absent: the tokenizer's."""
     router_aux_loss_coef: float | None = 0.001
     """Weight of the load-balancing loss of mixtures of experts; null for none."""
+    router_z_loss_coef: float | None = None
+    """Weight of the loss that keeps the logits of routers small; null for none."""
     use_cache: bool | None = None
     """Accepted for old files; without effect: generation always caches, training never."""
 
@@ -113,6 +115,13 @@ class DecoderConfig:
     def has_dropout(self) -> bool:
         """Say whether anything in the blocks is dropped in training."""
         return any(block.has_dropout() for block in (*self.mixers(), *self.mlps()))
+
+    def auxiliary_weights(self) -> dict[str, float]:
+        """Coefficients of the auxiliary losses of the model, by name."""
+        return {
+            "router_aux_loss": self.router_aux_loss_coef or 0.0,
+            "router_z_loss": self.router_z_loss_coef or 0.0,
+        }
 
     def rotary_dim(self) -> int | None:
         """Channels of a head that rotate; `None` where none do.
@@ -177,6 +186,12 @@ class DecoderConfig:
         ):
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}")
+        for name, value in (
+            ("router_aux_loss_coef", self.router_aux_loss_coef),
+            ("router_z_loss_coef", self.router_z_loss_coef),
+        ):
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` must be at least 0, or null for none; got {value}")
         if self.p_norm_order < 1:
             raise ValueError(f"`p_norm_order` must be at least 1, got {self.p_norm_order}")
         if self.init_method == "mup" and self.m_width is None:

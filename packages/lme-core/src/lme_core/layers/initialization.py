@@ -81,6 +81,15 @@ class HasParameters(Protocol):
         ...
 
 
+@runtime_checkable
+class HasBuffers(Protocol):
+    """A module that owns buffers which are saved with the model."""
+
+    def buffer_specs(self) -> Mapping[str, ParameterSpec]:
+        """Specs of the buffers that are its own, by their local names."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterTraits:
     """How an optimizer treats a parameter."""
@@ -109,10 +118,35 @@ def collect_specs(model: nn.Module) -> dict[str, ParameterSpec]:
         if isinstance(module, HasParameters):
             dot = f"{prefix}." if prefix else ""
             specs |= {f"{dot}{name}": spec for name, spec in module.parameter_specs().items()}
-    names = [name for name, _ in model.named_parameters()]
+    return _ordered("parameters", [name for name, _ in model.named_parameters()], specs)
+
+
+def collect_buffer_specs(model: nn.Module) -> dict[str, ParameterSpec]:
+    """List the specs of all buffers of a model, those that are not saved among them.
+
+    Args:
+        model: Any module made of modules that know their buffers.
+
+    Returns:
+        By fully qualified name, in the order of `named_buffers`.
+
+    Raises:
+        ValueError: If a buffer has no spec, or a spec no buffer.
+    """
+    specs: dict[str, ParameterSpec] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, HasBuffers):
+            dot = f"{prefix}." if prefix else ""
+            specs |= {f"{dot}{name}": spec for name, spec in module.buffer_specs().items()}
+    return _ordered("buffers", [name for name, _ in model.named_buffers()], specs)
+
+
+def _ordered(
+    kind: str, names: Sequence[str], specs: Mapping[str, ParameterSpec]
+) -> dict[str, ParameterSpec]:
     if set(names) != set(specs):
         difference = ", ".join(sorted(set(names) ^ set(specs)))
-        raise ValueError(f"parameters and their specs differ in: {difference}")
+        raise ValueError(f"{kind} and their specs differ in: {difference}")
     return {name: specs[name] for name in names}
 
 

@@ -6,6 +6,7 @@ from pydantic import Discriminator, Tag
 
 from lme_core.layers.unions import tag_of
 from lme_core.mlps.dense import DenseMLPConfig
+from lme_core.mlps.moe import MoEConfig
 
 
 def _kind(value: Any) -> str | None:
@@ -13,4 +14,7 @@ def _kind(value: Any) -> str | None:
 
 
 # `Any` above: what a run file holds before it is validated.
-MLPConfig = Annotated[Annotated[DenseMLPConfig, Tag("MLP")], Discriminator(_kind)]
+MLPConfig = Annotated[
+    Annotated[DenseMLPConfig, Tag("MLP")] | Annotated[MoEConfig, Tag("MoE")],
+    Discriminator(_kind),
+]
