@@ -1,0 +1,1 @@
+"""Times, bytes, operations and memory of the kernels: `python -m lme_kernels.bench`."""
