@@ -1,0 +1,352 @@
+"""The chunks of linear attention, one after the other with the state on chip, in Pallas.
+
+In a chunk, with a_t the sum of log decays up to token t (`until`), b_t the same or without token t
+(`reached`), e the sum of all, S the state before it:
+
+    P_ts = scale q_t . (k_s * exp(b_t - a_s)) for the s that t sees
+    y    = P v + (scale q * exp(b)) S
+    S'   = exp(e) S + (k * exp(e - a))^T v
+
+Queries enter with exp(b) and keys with exp(-a) alone, so that the gradients of b and a are q times
+the gradient of q and minus k times that of k, channel by channel (Yang et al. 2024, section 4).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, Ref
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lme_kernels.pallas.blocks import compute_dtype
+
+
+class Walk(NamedTuple):
+    """Options that do not change from chunk to chunk."""
+
+    scale: float
+    """Factor of the queries."""
+    inclusive: bool
+    """Whether a token sees itself."""
+    per_channel: bool
+    """Whether each row of the state decays by itself."""
+    interpret: bool
+    """Whether the kernels are interpreted."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(8,))
+def attend_chunks(
+    query: Array,
+    key: Array,
+    value: Array,
+    reached: Array,
+    until: Array,
+    initial: Array,
+    owner: Array,
+    place: Array,
+    walk: Walk,
+) -> tuple[Array, Array]:
+    """Compute all chunks of all sequences.
+
+    Args:
+        query: Shape (chunks, heads, C, K), zeros where there is no token.
+        key: Shape (chunks, heads, C, K), dtype of `query`.
+        value: Shape (chunks, heads, C, V), dtype of `query`.
+        reached: Sum of the log decays in the chunk that what a token reads has seen, shape
+            (chunks, N, 1, C), one a head, or (chunks, N, C, K), in at least float32.
+        until: The sum up to and with each token, in the same way.
+        initial: State before each sequence, shape (sequences, N, K, V).
+        owner: Sequence of each chunk, shape (chunks,), int32; the number of sequences for chunks
+            without tokens, which come last. Chunks of a sequence follow each other.
+        place: Number of chunks of the same sequence before it, shape (chunks,), int32.
+        walk: Options.
+
+    Returns:
+        What the tokens read, shape (chunks, N, C, V), dtype of `query`, and the state after each
+        sequence, shape (sequences, N, K, V), in at least float32.
+    """
+    y, final, _ = _run_forward(query, key, value, reached, until, initial, owner, place, walk)
+    return y, final
+
+
+def _attend_forward(*arguments):
+    y, final, before = _run_forward(*arguments)
+    return (y, final), (*arguments[:-1], before)
+
+
+def _attend_backward(walk: Walk, saved: tuple[Array, ...], grads: tuple[Array, Array]):
+    *inputs, owner, place, before = saved
+    gradients = _run_backward(*inputs, owner, place, before, *grads, walk)
+    # The sequence and place of a chunk are integers and have none.
+    return (*gradients, None, None)
+
+
+attend_chunks.defvjp(_attend_forward, _attend_backward)
+
+
+def _blocks(x: Array, N: int, chunk: Callable[[Array, int], Array]) -> pl.BlockSpec:
+    """The part of (chunks, heads, rows, columns) for one chunk and one of N heads."""
+    group = N // x.shape[1]
+    return pl.BlockSpec(
+        (1, 1, *x.shape[2:]), lambda n, m, owner, place: (chunk(m), n // group, 0, 0)
+    )
+
+
+def _empty(owner: Array, sequences: int) -> Array:
+    """Whether each sequence has no chunk, shape (sequences, 1, 1, 1)."""
+    counts = jnp.zeros(sequences, jnp.int32).at[owner].add(1, mode="drop")
+    return (counts == 0)[:, None, None, None]
+
+
+def _with_spare(states: Array) -> Array:
+    """Add a state of zeros for the chunks that have no token."""
+    return jnp.concatenate((states, jnp.zeros((1, *states.shape[1:]), states.dtype)))
+
+
+def _run_forward(query, key, value, reached, until, initial, owner, place, walk):
+    M, _, C, K = query.shape
+    sequences, N, _, V = initial.shape
+    compute = compute_dtype(query.dtype)
+    state = pl.BlockSpec((1, 1, K, V), lambda n, m, owner, place: (owner[m], n, 0, 0))
+    at_chunk = pl.BlockSpec((1, 1, K, V), lambda n, m, owner, place: (m, n, 0, 0))
+    out_y = jax.ShapeDtypeStruct((M, N, C, V), query.dtype)
+    arrays = (query, key, value, reached, until)
+    y, final, before = pl.pallas_call(
+        partial(_forward_kernel, walk=walk),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(N, M),
+            in_specs=[*(_blocks(each, N, lambda m: m) for each in arrays), state],
+            out_specs=[_blocks(out_y, N, lambda m: m), state, at_chunk],
+            scratch_shapes=[pltpu.VMEM((K, V), compute)],
+        ),
+        out_shape=[
+            out_y,
+            jax.ShapeDtypeStruct((sequences + 1, N, K, V), compute),
+            jax.ShapeDtypeStruct((M, N, K, V), compute),
+        ],
+        interpret=walk.interpret,
+    )(owner, place, *arrays, _with_spare(initial))
+    final = jnp.where(_empty(owner, sequences), initial.astype(compute), final[:-1])
+    return y, final, before
+
+
+def _run_backward(
+    query, key, value, reached, until, initial, owner, place, before, grad_y, grad_final, walk
+):
+    M, _, C, K = query.shape
+    sequences, N, _, V = initial.shape
+    compute = compute_dtype(query.dtype)
+
+    def backwards(m):
+        return M - 1 - m
+
+    state = pl.BlockSpec((1, 1, K, V), lambda n, m, owner, place: (owner[M - 1 - m], n, 0, 0))
+    arrays = (query, key, value, reached, until)
+    # A gradient a head; those of shared heads are summed afterwards.
+    outputs = [
+        jax.ShapeDtypeStruct((M, N, *each.shape[2:]), each.dtype if each.shape[1] == N else compute)
+        for each in arrays
+    ]
+    *gradients, grad_initial = pl.pallas_call(
+        partial(_backward_kernel, walk=walk),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(N, M),
+            in_specs=[
+                *(_blocks(each, N, backwards) for each in (*arrays, before, grad_y)),
+                state,
+            ],
+            out_specs=[*(_blocks(each, N, backwards) for each in outputs), state],
+            scratch_shapes=[pltpu.VMEM((K, V), compute)],
+        ),
+        out_shape=[*outputs, jax.ShapeDtypeStruct((sequences + 1, N, K, V), compute)],
+        interpret=walk.interpret,
+    )(owner, place, *arrays, before, grad_y, _with_spare(grad_final))
+    gradients = [
+        each.reshape(M, x.shape[1], -1, *x.shape[2:]).sum(2).astype(x.dtype)
+        if each.shape != x.shape
+        else each
+        for each, x in zip(gradients, arrays, strict=True)
+    ]
+    grad_initial = jnp.where(_empty(owner, sequences), grad_final, grad_initial[:-1])
+    return (*gradients, grad_initial.astype(initial.dtype))
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Multiply matrices over dim `contract[0]` of `a` and `contract[1]` of `b`, exactly."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=a.dtype,
+    )
+
+
+def _column(row: Array) -> Array:
+    """Turn (1, C) into (C, 1); the sum has one term, and so is exact."""
+    C = row.shape[1]
+    return jnp.sum(jnp.where(_equal(C), row, 0.0), axis=1, keepdims=True)
+
+
+def _row(column: Array) -> Array:
+    """Turn (C, 1) into (1, C)."""
+    return jnp.sum(jnp.where(_equal(column.shape[0]), column, 0.0), axis=0, keepdims=True)
+
+
+def _equal(C: int) -> Array:
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (C, C), dim) for dim in (0, 1))
+    return rows == columns
+
+
+class _Factors(NamedTuple):
+    """What decay multiplies with in one chunk of one head."""
+
+    between: Array
+    """From one token to another that sees it, else 0: (C, C), or (C, C, K) a channel."""
+    reached: Array
+    """From before the chunk to what a token reads: (C, 1) or (C, K)."""
+    left: Array
+    """From a token to the end of the chunk: (C, 1) or (C, K)."""
+    whole: Array
+    """Over the chunk: (1, 1) or (K, 1)."""
+    seen: Array
+    """Whether the token of a row sees that of a column: (C, C)."""
+
+
+def _factors(reached: Array, until: Array, C: int, walk: Walk) -> _Factors:
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (C, C), dim) for dim in (0, 1))
+    seen = rows >= columns if walk.inclusive else rows > columns
+    if walk.per_channel:
+        end = until[C - 1 :]
+        whole, mask = _column(jnp.exp(end)), seen[:, :, None]
+        difference = reached[:, None, :] - until[None, :, :]
+    else:
+        end = until[:, C - 1 :]
+        whole, mask = jnp.exp(end), seen
+        reached = _column(reached)
+        difference = reached - until
+        until = _column(until)
+    # Where it would be positive, and might overflow, nothing is seen.
+    between = jnp.where(mask, jnp.exp(jnp.where(mask, difference, 0.0)), 0.0)
+    return _Factors(between, jnp.exp(reached), jnp.exp(end - until), whole, seen)
+
+
+def _forward_kernel(
+    owner_ref: Ref,
+    place_ref: Ref,
+    query_ref: Ref,
+    key_ref: Ref,
+    value_ref: Ref,
+    reached_ref: Ref,
+    until_ref: Ref,
+    initial_ref: Ref,
+    y_ref: Ref,
+    final_ref: Ref,
+    before_ref: Ref,
+    state_ref: Ref,
+    *,
+    walk: Walk,
+) -> None:
+    compute = state_ref.dtype
+
+    @pl.when(place_ref[pl.program_id(1)] == 0)
+    def _() -> None:
+        state_ref[...] = initial_ref[0, 0].astype(compute)
+
+    query, key, value = (each[0, 0].astype(compute) for each in (query_ref, key_ref, value_ref))
+    query = query * walk.scale
+    factors = _factors(reached_ref[0, 0], until_ref[0, 0], query.shape[0], walk)
+    if walk.per_channel:
+        scores = jnp.sum(query[:, None, :] * key[None, :, :] * factors.between, axis=-1)
+    else:
+        scores = _dot(query, key, (1, 1)) * factors.between
+    state = state_ref[...]
+    y = _dot(scores, value, (1, 0)) + _dot(query * factors.reached, state, (1, 0))
+    y_ref[0, 0] = y.astype(y_ref.dtype)
+    before_ref[0, 0] = state
+    state = state * factors.whole + _dot(key * factors.left, value, (0, 0))
+    state_ref[...] = state
+    final_ref[0, 0] = state
+
+
+def _backward_kernel(
+    owner_ref: Ref,
+    place_ref: Ref,
+    query_ref: Ref,
+    key_ref: Ref,
+    value_ref: Ref,
+    reached_ref: Ref,
+    until_ref: Ref,
+    before_ref: Ref,
+    grad_y_ref: Ref,
+    grad_final_ref: Ref,
+    grad_query_ref: Ref,
+    grad_key_ref: Ref,
+    grad_value_ref: Ref,
+    grad_reached_ref: Ref,
+    grad_until_ref: Ref,
+    grad_initial_ref: Ref,
+    grad_state_ref: Ref,
+    *,
+    walk: Walk,
+) -> None:
+    compute = grad_state_ref.dtype
+    last = pl.num_programs(1) - 1
+    chunk = last - pl.program_id(1)
+    ends = (chunk == last) | (place_ref[jnp.minimum(chunk + 1, last)] == 0)
+
+    @pl.when(ends)
+    def _() -> None:
+        grad_state_ref[...] = grad_final_ref[0, 0].astype(compute)
+
+    query, key, value, grad_y = (
+        each[0, 0].astype(compute) for each in (query_ref, key_ref, value_ref, grad_y_ref)
+    )
+    query = query * walk.scale
+    C = query.shape[0]
+    factors = _factors(reached_ref[0, 0], until_ref[0, 0], C, walk)
+    before, grad_after = before_ref[0, 0], grad_state_ref[...]
+
+    grad_scores = jnp.where(factors.seen, _dot(grad_y, value, (1, 1)), 0.0)
+    if walk.per_channel:
+        spread = grad_scores[:, :, None] * factors.between
+        scores = jnp.sum(query[:, None, :] * key[None, :, :] * factors.between, axis=-1)
+        grad_query = jnp.sum(spread * key[None, :, :], axis=1)
+        grad_key = jnp.sum(spread * query[:, None, :], axis=0)
+    else:
+        scores = _dot(query, key, (1, 1)) * factors.between
+        grad_product = grad_scores * factors.between
+        grad_query = _dot(grad_product, key, (1, 0))
+        grad_key = _dot(grad_product, query, (0, 0))
+    kept = key * factors.left
+    grad_value = _dot(scores, grad_y, (0, 0)) + _dot(kept, grad_after, (1, 0))
+    grad_kept = _dot(value, grad_after, (1, 1))
+    grad_query = grad_query + _dot(grad_y, before, (1, 1)) * factors.reached
+    grad_key = grad_key + grad_kept * factors.left
+    grad_before = grad_after * factors.whole + _dot(query * factors.reached, grad_y, (0, 0))
+
+    # The sum of all log decays moves what is kept of keys and of the state before.
+    grad_end = jnp.sum(kept * grad_kept, axis=0, keepdims=True)
+    moved = jnp.sum(before * grad_after, axis=1, keepdims=True) * factors.whole
+    grad_reached, grad_until = query * grad_query, -key * grad_key
+    if walk.per_channel:
+        at_end = jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
+        grad_end = grad_end + _row(moved)
+    else:
+        at_end = jax.lax.broadcasted_iota(jnp.int32, (1, C), 1) == C - 1
+        grad_end = jnp.sum(grad_end, keepdims=True) + jnp.sum(moved, keepdims=True)
+        grad_reached = _row(jnp.sum(grad_reached, axis=1, keepdims=True))
+        grad_until = _row(jnp.sum(grad_until, axis=1, keepdims=True))
+    grad_reached_ref[0, 0] = grad_reached
+    grad_until_ref[0, 0] = grad_until + jnp.where(at_end, grad_end, 0.0)
+
+    grad_query_ref[0, 0] = (grad_query * walk.scale).astype(grad_query_ref.dtype)
+    grad_key_ref[0, 0] = grad_key.astype(grad_key_ref.dtype)
+    grad_value_ref[0, 0] = grad_value.astype(grad_value_ref.dtype)
+    grad_state_ref[...] = grad_before
+    grad_initial_ref[0, 0] = grad_before
