@@ -1,0 +1,142 @@
+"""Gradients of the inputs of the gated delta rule in Triton, all chunks at once.
+
+What a token's decay stands between is summed as such, pair by pair: the difference of what later
+and earlier tokens take part in would cancel. What tokens wrote comes as two numbers of the inputs'
+dtype, since its rounding would be the largest error of these gradients.
+"""
+
+import triton
+import triton.language as tl
+
+from lme_kernels._triton_chunks import load_rows, load_state, slot_of, store_rows
+from lme_kernels.ops.gated_delta_rule._triton_system import decays_between, vectors_of
+
+
+@triton.jit(do_not_specialize=["S", "count"])
+def inputs_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    grad_y_ptr,
+    table_ptr,
+    vectors_ptr,
+    states_ptr,
+    written_ptr,
+    grad_states_ptr,
+    grad_scaled_ptr,
+    grad_query_ptr,
+    grad_key_ptr,
+    grad_decay_ptr,
+    grad_beta_ptr,
+    S,
+    count,
+    scale,
+    query_stride,
+    query_head_stride,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    head, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
+    if length <= 0:
+        return
+    query_ptr += (head // QUERY_GROUP).to(tl.int64) * query_head_stride
+    key_ptr += (head // KEY_GROUP).to(tl.int64) * key_head_stride
+    value_ptr += (head // VALUE_GROUP).to(tl.int64) * value_head_stride
+    dtype: tl.constexpr = key_ptr.dtype.element_ty
+    index = slot * N + head
+    low_index = index + count.to(tl.int64) * N
+    until, key_norm, query_norm, strength, last = vectors_of(vectors_ptr, index, C)
+    decay, rest = tl.exp2(until), tl.exp2(last - until)
+    key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
+    query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
+    # Gradients here are of queries and keys as factors of the normalised ones.
+    scores = tl.zeros((C, C), dtype=tl.float32)
+    of_query = tl.zeros((C, BLOCK_K), dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        grad_y = load_rows(grad_y_ptr + head * V, start, length, N * V, first, C, V, BLOCK_V)
+        written = load_rows(written_ptr, index * C, C, V, first, C, V, BLOCK_V)
+        state = load_state(states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
+        scores = tl.dot(grad_y, tl.trans(written), scores, input_precision=PRECISION)
+        if dtype != tl.float32:
+            low = load_rows(written_ptr, low_index * C, C, V, first, C, V, BLOCK_V)
+            scores = tl.dot(grad_y, tl.trans(low), scores, input_precision=PRECISION)
+        of_query = tl.dot(grad_y, tl.trans(state), of_query, input_precision=PRECISION)
+    scores *= decays_between(until, False, C) * (query_norm * scale)[:, None] * key_norm[None, :]
+    pairs = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scores
+    rounded_scores = scores.to(dtype)
+    of_query *= (decay * query_norm * scale)[:, None]
+    query_wide = query.to(tl.float32)
+    # Of what reaches into the chunk.
+    reached = tl.sum(query_wide * of_query, axis=1)
+    of_query = tl.dot(rounded_scores, key, of_query, input_precision=PRECISION)
+    if NORMALIZE:
+        along = tl.sum(query_wide * of_query, axis=1)
+        of_query -= query_wide * (query_norm * query_norm * along)[:, None]
+    store_rows(grad_query_ptr + head * K, of_query, start, length, N * K, 0, C, K, BLOCK_K)
+
+    system = tl.zeros((C, C), dtype=tl.float32)
+    # Of keys that erase and of keys that write.
+    erasing = tl.zeros((C, BLOCK_K), dtype=tl.float32)
+    of_key = tl.zeros((C, BLOCK_K), dtype=tl.float32)
+    of_beta = tl.zeros((C,), dtype=tl.float32)
+    kept = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        grad_scaled = load_rows(grad_scaled_ptr, index * C, C, V, first, C, V, BLOCK_V)
+        written = load_rows(written_ptr, index * C, C, V, first, C, V, BLOCK_V)
+        value = load_rows(value_ptr, start, length, value_stride, first, C, V, BLOCK_V)
+        state = load_state(states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
+        grad_state = load_state(grad_states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
+        system = tl.dot(grad_scaled, tl.trans(written), system, input_precision=PRECISION)
+        erasing = tl.dot(grad_scaled, tl.trans(state), erasing, input_precision=PRECISION)
+        of_key = tl.dot(written, tl.trans(grad_state), of_key, input_precision=PRECISION)
+        if dtype != tl.float32:
+            low = load_rows(written_ptr, low_index * C, C, V, first, C, V, BLOCK_V)
+            system = tl.dot(grad_scaled, tl.trans(low), system, input_precision=PRECISION)
+            of_key = tl.dot(low, tl.trans(grad_state), of_key, input_precision=PRECISION)
+        of_beta += tl.sum(grad_scaled.to(tl.float32) * value.to(tl.float32), axis=1)
+        kept += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
+    key_wide = key.to(tl.float32)
+    erasing *= -(decay * key_norm)[:, None]
+    of_key *= (rest * key_norm)[:, None]
+    erased = tl.sum(key_wide * erasing, axis=1)
+    # Of what leaves the chunk.
+    left = tl.sum(key_wide * of_key, axis=1)
+    gram = tl.dot(key, tl.trans(key), input_precision=PRECISION)
+    system *= decays_between(until, True, C) * -key_norm[:, None] * key_norm[None, :]
+    of_beta += erased + tl.sum(system * gram, axis=1)
+    reached += erased * strength
+    system *= strength[:, None]
+    pairs += system * gram
+    rounded_system = system.to(dtype)
+    of_key += erasing * strength[:, None]
+    of_key = tl.dot(tl.trans(rounded_scores), query, of_key, input_precision=PRECISION)
+    of_key = tl.dot(rounded_system, key, of_key, input_precision=PRECISION)
+    of_key = tl.dot(tl.trans(rounded_system), key, of_key, input_precision=PRECISION)
+    if NORMALIZE:
+        along = tl.sum(key_wide * of_key, axis=1)
+        of_key -= key_wide * (key_norm * key_norm * along)[:, None]
+    store_rows(grad_key_ptr + head * K, of_key, start, length, N * K, 0, C, K, BLOCK_K)
+
+    row = tl.arange(0, C)
+    across = tl.cumsum(pairs, 0, reverse=True)
+    of_decay = tl.sum(tl.where(row[:, None] > row[None, :], across, 0.0), axis=1)
+    of_decay += tl.cumsum(reached, 0, reverse=True) + tl.cumsum(left, 0) - left
+    of_decay += tl.exp2(last) * tl.sum(kept, axis=0)
+    own = (start + row) * N + head
+    tl.store(grad_decay_ptr + own, of_decay, mask=row < length)
+    tl.store(grad_beta_ptr + own, of_beta, mask=row < length)
