@@ -2,31 +2,13 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lme_kernels._triton_rows import as_rows, num_rows
+from lme_kernels.strides import as_matrices as as_matrices
 from lme_kernels.tuning import ceil_div, next_power_of_two
 
 # Elements a program takes: 16 bytes a thread and load in bfloat16, twice.
 BLOCK = 2048
 ELEMENTS_PER_WARP = 512
-
-
-def as_matrices(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
-    """Walk tensors of one shape together, as one long row where their layout allows it.
-
-    Args:
-        tensors: Tensors of the same shape, not empty.
-
-    Returns:
-        The tensors or copies of them, their row strides, the number of rows and of columns.
-    """
-    first = tensors[0]
-    if all(each.is_contiguous() for each in tensors):
-        return list(tensors), [0] * len(tensors), 1, first.numel()
-    pairs = [as_rows(each) for each in tensors]
-    rows = num_rows(first)
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], rows, first.shape[-1]
 
 
 def launch_shape(rows: int, columns: int) -> tuple[tuple[int], int, int, int]:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lme_kernels.custom_ops import define
+from lme_kernels.strides import has_whole_rows
 from lme_kernels.tuning import next_power_of_two
 
 # Elements a program copies: 16 bytes a thread and load, four times, in bfloat16.
@@ -115,10 +116,6 @@ def _shape(rows, width):
     return (triton.cdiv(rows, block_rows), triton.cdiv(width, block)), block_rows, block, num_warps
 
 
-def _has_whole_rows(x, dims):
-    return x.stride(-1) == 1 and x[(0,) * dims].is_contiguous() if x.ndim > dims else True
-
-
 def _as_bytes(x):
     return x.view(torch.uint8) if x.dtype == torch.bool else x
 
@@ -138,7 +135,7 @@ def pack(x, cu_seqlens, total_tokens, left):
         return y
     if x.numel() == 0:
         return y.zero_()
-    if not _has_whole_rows(x, 2):
+    if not has_whole_rows(x, 2):
         x = x.contiguous()
     width = y.numel() // total_tokens
     grid, block_tokens, block, num_warps = _shape(total_tokens, width)
@@ -179,7 +176,7 @@ def unpack(x, cu_seqlens, max_seqlen, left, pad_value):
         return y
     if x.numel() == 0:
         return y.fill_(pad_value)
-    if not _has_whole_rows(x, 1):
+    if not has_whole_rows(x, 1):
         x = x.contiguous()
     width = y.numel() // rows
     grid, block_tokens, block, num_warps = _shape(rows, width)

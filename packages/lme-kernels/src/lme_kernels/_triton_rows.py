@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels.strides import as_rows as as_rows
+from lme_kernels.strides import num_rows as num_rows
 from lme_kernels.tuning import FIXED, RowSettings, ceil_div, row_settings
 
 # Widest row that a program keeps in registers.
@@ -20,34 +22,6 @@ def why_not_rows(x: Tensor) -> str | None:
     if x.shape[-1] == 0:
         return "rows have no columns"
     return None
-
-
-def as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """Return `x`, or a copy if need be, as rows of unit stride, and the stride between rows.
-
-    Args:
-        x: Shape (..., columns).
-
-    Returns:
-        A tensor whose row r starts r times the stride after its first element.
-    """
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    if x.ndim >= 2 and x.stride(-1) == 1:
-        stride = x.stride(-2)
-        expected = stride * x.shape[-2]
-        for dim in range(x.ndim - 3, -1, -1):
-            if x.stride(dim) != expected:
-                return x.contiguous(), x.shape[-1]
-            expected *= x.shape[dim]
-        if stride >= x.shape[-1]:
-            return x, stride
-    return x.contiguous(), x.shape[-1]
-
-
-def num_rows(x: Tensor) -> int:
-    """Count the rows of `x`, whose last dimension is not empty."""
-    return x.numel() // x.shape[-1]
 
 
 @cache

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lme_kernels.cuda_driver import why_unusable
+
 # Device types of torch tensors that a backend runs on; one that is not here decides for itself.
 # Pallas and NKI functions take arrays of their own frameworks and are never chosen for a tensor.
 SERVED_DEVICES: dict[str, frozenset[str]] = {
@@ -70,7 +72,7 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
         return "its functions take arrays of their own framework, not torch tensors"
     if device_type not in served:
         return f"it runs on {', '.join(sorted(served))} tensors, and these are on {device_type}"
-    return None
+    return why_unusable() if backend == "cuda" else None
 
 
 def why_not_triton(*tensors: Tensor | None) -> str | None:

@@ -9,9 +9,12 @@ from lme_kernels.ops.continuous_count import reference
 CONTINUOUS_COUNT = Op(
     name="continuous_count",
     reference=reference.continuous_count,
-    implementations={Backend.TRITON: "lme_kernels.ops.continuous_count._triton"},
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.continuous_count._triton",
+        Backend.CUDA: "lme_kernels.ops.continuous_count._cuda",
+    },
     # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
+    manual=frozenset({Backend.TRITON, Backend.CUDA}),
 )
 
 

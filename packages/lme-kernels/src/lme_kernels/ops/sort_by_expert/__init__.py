@@ -9,9 +9,12 @@ from lme_kernels.ops.sort_by_expert import reference
 SORT_BY_EXPERT = Op(
     name="sort_by_expert",
     reference=reference.sort_by_expert,
-    implementations={Backend.TRITON: "lme_kernels.ops.sort_by_expert._triton"},
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.sort_by_expert._triton",
+        Backend.CUDA: "lme_kernels.ops.sort_by_expert._cuda",
+    },
     # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
+    manual=frozenset({Backend.TRITON, Backend.CUDA}),
 )
 
 

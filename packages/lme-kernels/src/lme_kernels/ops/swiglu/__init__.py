@@ -8,7 +8,12 @@ from lme_kernels.ops.swiglu import reference
 SWIGLU = Op(
     name="swiglu",
     reference=reference.swiglu,
-    implementations={Backend.TRITON: "lme_kernels.ops.swiglu._triton"},
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.swiglu._triton",
+        Backend.CUDA: "lme_kernels.ops.swiglu._cuda",
+    },
+    # Runs when named: its proofs have not run on a GPU.
+    manual=frozenset({Backend.CUDA}),
     traced=True,
 )
 

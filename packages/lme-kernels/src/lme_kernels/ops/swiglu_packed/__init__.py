@@ -10,7 +10,12 @@ from lme_kernels.ops.swiglu_packed import reference
 SWIGLU_PACKED = Op(
     name="swiglu_packed",
     reference=reference.swiglu_packed,
-    implementations={Backend.TRITON: "lme_kernels.ops.swiglu_packed._triton"},
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.swiglu_packed._triton",
+        Backend.CUDA: "lme_kernels.ops.swiglu_packed._cuda",
+    },
+    # Runs when named: its proofs have not run on a GPU.
+    manual=frozenset({Backend.CUDA}),
     traced=True,
 )
 

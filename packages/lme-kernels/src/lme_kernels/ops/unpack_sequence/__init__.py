@@ -12,9 +12,12 @@ from lme_kernels.packing import check_cu_seqlens, check_padding_side
 UNPACK_SEQUENCE = Op(
     name="unpack_sequence",
     reference=reference.unpack_sequence,
-    implementations={Backend.TRITON: "lme_kernels.ops.unpack_sequence._triton"},
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.unpack_sequence._triton",
+        Backend.CUDA: "lme_kernels.ops.unpack_sequence._cuda",
+    },
     # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
+    manual=frozenset({Backend.TRITON, Backend.CUDA}),
 )
 
 PaddingSide = Literal["left", "right"]

@@ -1,0 +1,27 @@
+"""Padded sequences to packed tokens in CUDA C++."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lme_kernels._cuda_packing import pack, unpack, why_not
+
+__all__ = ["pack_sequence", "why_not"]
+
+
+def pack_sequence(x: Tensor, cu_seqlens: Tensor, total_tokens: int, padding_side: str) -> Tensor:
+    return _PackSequence.apply(x, cu_seqlens, total_tokens, padding_side == "left")
+
+
+class _PackSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu_seqlens, total_tokens, left):
+        ctx.save_for_backward(cu_seqlens)
+        ctx.max_seqlen, ctx.left = x.shape[1], left
+        return pack(x, cu_seqlens, total_tokens, left)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        (cu_seqlens,) = ctx.saved_tensors
+        return unpack(grad_y, cu_seqlens, ctx.max_seqlen, ctx.left, 0), None, None, None
