@@ -54,7 +54,7 @@ def _plan(
     return launch, ceil_div(threads, THREADS), parts
 
 
-def _pack_fake(x, cu_seqlens, total_tokens, left):
+def _pack_fake(x: Tensor, cu_seqlens: Tensor, total_tokens: int, left: bool) -> Tensor:
     return x.new_empty((total_tokens, *x.shape[2:]))
 
 
@@ -63,7 +63,7 @@ def _pack_fake(x, cu_seqlens, total_tokens, left):
     "Tensor",
     _pack_fake,
 )
-def pack(x, cu_seqlens, total_tokens, left):
+def pack(x: Tensor, cu_seqlens: Tensor, total_tokens: int, left: bool) -> Tensor:
     """Launch the kernel: shape (B, S, ...) to (total_tokens, ...)."""
     y = torch.empty((total_tokens, *x.shape[2:]), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -86,7 +86,9 @@ def pack(x, cu_seqlens, total_tokens, left):
     return y
 
 
-def _unpack_fake(x, cu_seqlens, max_seqlen, left, pad_value):
+def _unpack_fake(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, left: bool, pad_value: float
+) -> Tensor:
     return x.new_empty((cu_seqlens.shape[0] - 1, max_seqlen, *x.shape[1:]))
 
 
@@ -95,7 +97,7 @@ def _unpack_fake(x, cu_seqlens, max_seqlen, left, pad_value):
     "Scalar pad_value) -> Tensor",
     _unpack_fake,
 )
-def unpack(x, cu_seqlens, max_seqlen, left, pad_value):
+def unpack(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, left: bool, pad_value: float) -> Tensor:
     """Launch the kernel: shape (T, ...) to (B, max_seqlen, ...), pads included."""
     rows = (cu_seqlens.shape[0] - 1) * max_seqlen
     shape = (cu_seqlens.shape[0] - 1, max_seqlen, *x.shape[1:])

@@ -21,12 +21,12 @@ def continuous_count(x: Tensor, bins: int) -> Tensor:
     return _forward(x, bins)
 
 
-def _fake(x, bins):
+def _fake(x: Tensor, bins: int) -> Tensor:
     return x.new_empty(bins, dtype=torch.int32)
 
 
 @define("continuous_count_cuda_forward(Tensor x, SymInt bins) -> Tensor", _fake)
-def _forward(x, bins):
+def _forward(x: Tensor, bins: int) -> Tensor:
     counts = torch.zeros(bins, dtype=torch.int32, device=x.device)
     size = x.numel()
     if size == 0:

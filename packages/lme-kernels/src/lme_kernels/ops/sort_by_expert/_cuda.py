@@ -29,7 +29,7 @@ def _span(size: int, in_shared: bool) -> int:
     return ceil_div(ceil_div(size, blocks), THREADS) * THREADS
 
 
-def _fake(indices, num_experts):
+def _fake(indices: Tensor, num_experts: int) -> tuple[Tensor, ...]:
     size = indices.numel()
     return tuple(indices.new_empty(each, dtype=torch.int32) for each in (size, num_experts, size))
 
@@ -38,7 +38,7 @@ def _fake(indices, num_experts):
     "sort_by_expert_cuda_forward(Tensor indices, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
-def _forward(indices, num_experts):
+def _forward(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     size = indices.numel()
     options = {"dtype": torch.int32, "device": indices.device}
     order, position = (torch.empty(size, **options) for _ in range(2))

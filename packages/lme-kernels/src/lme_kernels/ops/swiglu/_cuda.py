@@ -1,5 +1,7 @@
 """Gated linear unit with SiLU in CUDA C++."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,13 +23,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return _forward(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         return _backward(grad_y, gate, up)
 
@@ -61,19 +63,19 @@ def backward_into(
     BACKWARD.launch((*inputs, grad_gate, grad_up), strides, rows, columns)
 
 
-def _forward_fake(gate, up):
+def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
 @define("swiglu_cuda_forward(Tensor gate, Tensor up) -> Tensor", _forward_fake)
-def _forward(gate, up):
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
         forward_into(gate, up, y)
     return y
 
 
-def _backward_fake(grad_y, gate, up):
+def _backward_fake(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
@@ -81,7 +83,7 @@ def _backward_fake(grad_y, gate, up):
     "swiglu_cuda_backward(Tensor grad_y, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _backward_fake,
 )
-def _backward(grad_y, gate, up):
+def _backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate, grad_up = (
         torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2)
     )

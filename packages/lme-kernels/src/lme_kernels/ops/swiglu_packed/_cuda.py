@@ -1,5 +1,7 @@
 """Gated linear unit of a packed tensor in CUDA C++."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -22,29 +24,29 @@ def swiglu_packed(x: Tensor, layout: str) -> Tensor:
 
 class _SwiGLUPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layout):
+    def forward(ctx: Any, x: Tensor, layout: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layout = layout
         return _forward(x, layout)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         return _backward(grad_y, x, ctx.layout), None
 
 
-def _halves(x):
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1] // 2
     return x[..., :columns], x[..., columns:]
 
 
-def _forward_fake(x, layout):
+def _forward_fake(x: Tensor, layout: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 @define("swiglu_packed_cuda_forward(Tensor x, str layout) -> Tensor", _forward_fake)
-def _forward(x, layout):
+def _forward(x: Tensor, layout: str) -> Tensor:
     columns = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -61,14 +63,14 @@ def _forward(x, layout):
     return y
 
 
-def _backward_fake(grad_y, x, layout):
+def _backward_fake(grad_y: Tensor, x: Tensor, layout: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @define(
     "swiglu_packed_cuda_backward(Tensor grad_y, Tensor x, str layout) -> Tensor", _backward_fake
 )
-def _backward(grad_y, x, layout):
+def _backward(grad_y: Tensor, x: Tensor, layout: str) -> Tensor:
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return grad_x

@@ -1,5 +1,7 @@
 """Packed tokens to padded sequences in CUDA C++."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,13 +19,20 @@ def unpack_sequence(
 
 class _UnpackSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cu_seqlens, max_seqlen, left, pad_value):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        left: bool,
+        pad_value: float,
+    ) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
         ctx.tokens, ctx.left = x.shape[0], left
         return unpack(x, cu_seqlens, max_seqlen, left, pad_value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (cu_seqlens,) = ctx.saved_tensors
         return pack(grad_y, cu_seqlens, ctx.tokens, ctx.left), None, None, None, None
