@@ -140,7 +140,8 @@ def _measure_all(
                 lambda: Draw(device, dtype),
                 watch,
                 expected=expected,
-                with_graph=not options.no_graph,
+                # The reference is there to be compared with.
+                with_graph=not options.no_graph and variant != "torch",
                 seconds=options.row_seconds
                 if remaining is None
                 else min(options.row_seconds, max(remaining, 5.0)),

@@ -93,7 +93,9 @@ class Stopwatch:
         run()
         self.wait()
         once = max(time.perf_counter() - start, 1e-6)
-        repeats = max(5, min(self._most, int(self._seconds / once)))
+        # A loop over tokens in plain torch takes a second.
+        least = 5 if once < 0.2 else 1
+        repeats = max(least, min(self._most, int(self._seconds / once)))
         if self._flush is None:
             seconds = [self._on_cpu(run) for _ in range(repeats)]
         else:
