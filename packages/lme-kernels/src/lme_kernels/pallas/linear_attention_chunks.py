@@ -89,9 +89,10 @@ attend_chunks.defvjp(_attend_forward, _attend_backward)
 
 def _blocks(x: Array, N: int, chunk: Callable[[Array, int], Array]) -> pl.BlockSpec:
     """The part of (chunks, heads, rows, columns) for one chunk and one of N heads."""
+    # `//` rounds down, which asks what TPU there is when it is lowered.
     group = N // x.shape[1]
     return pl.BlockSpec(
-        (1, 1, *x.shape[2:]), lambda n, m, owner, place: (chunk(m), n // group, 0, 0)
+        (1, 1, *x.shape[2:]), lambda n, m, owner, place: (chunk(m), jax.lax.div(n, group), 0, 0)
     )
 
 
@@ -214,26 +215,29 @@ class _Factors(NamedTuple):
     """From a token to the end of the chunk: (C, 1) or (C, K)."""
     whole: Array
     """Over the chunk: (1, 1) or (K, 1)."""
-    seen: Array
-    """Whether the token of a row sees that of a column: (C, C)."""
 
 
 def _factors(reached: Array, until: Array, C: int, walk: Walk) -> _Factors:
-    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (C, C), dim) for dim in (0, 1))
-    seen = rows >= columns if walk.inclusive else rows > columns
     if walk.per_channel:
         end = until[C - 1 :]
-        whole, mask = _column(jnp.exp(end)), seen[:, :, None]
+        whole, shape = _column(jnp.exp(end)), (C, *until.shape)
         difference = reached[:, None, :] - until[None, :, :]
     else:
         end = until[:, C - 1 :]
-        whole, mask = jnp.exp(end), seen
+        whole, shape = jnp.exp(end), (C, C)
         reached = _column(reached)
         difference = reached - until
         until = _column(until)
+    seen = _seen(shape, walk.inclusive)
     # Where it would be positive, and might overflow, nothing is seen.
-    between = jnp.where(mask, jnp.exp(jnp.where(mask, difference, 0.0)), 0.0)
-    return _Factors(between, jnp.exp(reached), jnp.exp(end - until), whole, seen)
+    between = jnp.where(seen, jnp.exp(jnp.where(seen, difference, 0.0)), 0.0)
+    return _Factors(between, jnp.exp(reached), jnp.exp(end - until), whole)
+
+
+def _seen(shape: tuple[int, ...], inclusive: bool) -> Array:
+    """Whether the token of the first dim sees that of the second."""
+    first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
+    return first >= second if inclusive else first > second
 
 
 def _forward_kernel(
@@ -312,7 +316,7 @@ def _backward_kernel(
     factors = _factors(reached_ref[0, 0], until_ref[0, 0], C, walk)
     before, grad_after = before_ref[0, 0], grad_state_ref[...]
 
-    grad_scores = jnp.where(factors.seen, _dot(grad_y, value, (1, 1)), 0.0)
+    grad_scores = _dot(grad_y, value, (1, 1))
     if walk.per_channel:
         spread = grad_scores[:, :, None] * factors.between
         scores = jnp.sum(query[:, None, :] * key[None, :, :] * factors.between, axis=-1)
