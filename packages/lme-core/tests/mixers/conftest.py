@@ -29,7 +29,8 @@ def build_mixer(config, *, dtype=torch.float64, spread=0.5, hidden_size=H, **set
 
 def random_input(rows=B, length=S, *, seed=1, dtype=torch.float64, hidden_size=H):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, length, hidden_size, generator=generator, dtype=dtype)
+    shape = (rows, length, hidden_size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def assert_is_loop(mixer, loop):

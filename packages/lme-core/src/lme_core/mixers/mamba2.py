@@ -201,8 +201,7 @@ class Mamba2(RecurrentMixer):
                 initial_state=initial,
                 return_final_state=True,
                 cu_seqlens=sequences.cu_seqlens,
-                # A chunk that is longer than the row would be filled with zeros.
-                chunk_size=min(self.config.chunk_size, max(sequences.length, 1)),
+                chunk_size=sequences.chunk_size(self.config.chunk_size),
             )
 
         y = self.recur(run, sequences, cache, step * rate)

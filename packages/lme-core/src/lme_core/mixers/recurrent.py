@@ -10,7 +10,7 @@ from torch import Tensor
 from lme_core.layers.context import SequenceContext
 from lme_core.layers.settings import ModelSettings
 from lme_core.mixers.base import LayerCache, SequenceMixer
-from lme_core.mixers.short_convolution import ShortConvolution
+from lme_core.mixers.short_convolution import Convolution
 from lme_kernels.ops.pack_sequence import PACK_SEQUENCE
 from lme_kernels.ops.unpack_sequence import UNPACK_SEQUENCE
 from lme_kernels.policy import KernelPolicy
@@ -105,6 +105,14 @@ class Sequences(NamedTuple):
             return None
         return self.length
 
+    def chunk_size(self, size: int) -> int:
+        """Tokens that a recurrence by chunks multiplies at once.
+
+        Args:
+            size: As many as suit long sequences; a chunk longer than a row would be filled up.
+        """
+        return min(size, max(self.length, 1))
+
 
 @dataclass(slots=True)
 class RecurrentCache:
@@ -166,7 +174,7 @@ class RecurrentMixer(SequenceMixer):
         self.exchange_halo = halo_is_here
         self.pack_sequence = kernels.bind(PACK_SEQUENCE)
         self.unpack_sequence = kernels.bind(UNPACK_SEQUENCE)
-        self.convolution: ShortConvolution | None = None
+        self.convolution: Convolution | None = None
         self.state_shape: tuple[int, ...] | None = None
 
     def new_cache(
@@ -229,7 +237,7 @@ class RecurrentMixer(SequenceMixer):
             cache: Its last inputs are read and replaced.
 
         Returns:
-            Shape of `x`.
+            The tokens of `x`, with the channels that the convolution gives.
         """
         if self.convolution is None:
             return x

@@ -12,7 +12,39 @@ from lme_kernels.ops.causal_conv1d import CAUSAL_CONV1D
 from lme_kernels.policy import KernelPolicy
 
 
-class ShortConvolution(nn.Module):
+class Convolution(nn.Module):
+    """A causal convolution along sequences, as recurrent mixers use it."""
+
+    channels: int
+    """Number of input channels."""
+    width: int
+    """Inputs that make an output."""
+
+    def forward(self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: Shape (B, S, C), or (T, C) with `cu_seqlens`.
+            initial: Inputs before each sequence, shape (sequences, C, width - 1); `None` for zeros.
+            cu_seqlens: Bounds of packed sequences.
+
+        Returns:
+            The tokens of `x`, with the channels that the convolution gives.
+        """
+        raise NotImplementedError
+
+    def step(
+        self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve, and give the last inputs too; see `forward`.
+
+        Returns:
+            As `forward`; and what to pass as `initial` for the tokens that follow.
+        """
+        raise NotImplementedError
+
+
+class ShortConvolution(Convolution):
     """Each channel's own mixture of its last inputs, then an activation function."""
 
     def __init__(
@@ -53,16 +85,7 @@ class ShortConvolution(nn.Module):
         return specs
 
     def forward(self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Convolve.
-
-        Args:
-            x: Shape (B, S, C), or (T, C) with `cu_seqlens`.
-            initial: Inputs before each sequence, shape (sequences, C, width - 1); `None` for zeros.
-            cu_seqlens: Bounds of packed sequences.
-
-        Returns:
-            Shape of `x`.
-        """
+        """Convolve; see `Convolution`."""
         y = self.convolve(
             x,
             self.weight.squeeze(1),
@@ -76,11 +99,7 @@ class ShortConvolution(nn.Module):
     def step(
         self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Convolve, and give the last inputs too; see `forward`.
-
-        Returns:
-            Shape of `x`; and what to pass as `initial` for the tokens that follow.
-        """
+        """Convolve, and give the last inputs too; see `Convolution`."""
         y, last = self.convolve(
             x,
             self.weight.squeeze(1),
