@@ -1,5 +1,6 @@
 """The `lme` command: a list of commands, each of which imports its work when it runs."""
 
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -83,4 +84,31 @@ app.command()(doctor.doctor)
 
 def main() -> None:
     """Run the `lme` command with the process's arguments."""
-    app(prog_name="lme")
+    try:
+        app(prog_name="lme")
+    except SystemExit as ended:
+        leave_group(ended.code)
+        raise
+    except BaseException:
+        if not _is_in_group():
+            raise
+        traceback.print_exc()
+        leave_group(1)
+
+
+def leave_group(code: object) -> None:
+    """End a process that is one of several at once; others go on.
+
+    The others must not wait for this one to clean up, and some versions of torch abort when they
+    do. What is written was flushed, synced and closed by those who wrote it.
+    """
+    if _is_in_group():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _is_in_group() -> bool:
+    # Nobody who did not load this module can be in a group.
+    launch = sys.modules.get("lme_parallel.launch")
+    return launch is not None and launch.detect(os.environ).world_size > 1

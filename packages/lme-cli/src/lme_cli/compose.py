@@ -18,6 +18,7 @@ from lme_cli.run_tokenizer import find_tokenizer
 from lme_core.architectures.decoder import Decoder, parameter_traits
 from lme_core.config import to_dict
 from lme_core.training.batches import BatchStream
+from lme_core.training.experts import ExpertBalance
 from lme_core.training.hooks import (
     EvaluateHook,
     GarbageCollectionHook,
@@ -99,7 +100,7 @@ def compose(
     schedule = build_schedule(run.lr_scheduler_args, optimizer, steps)
     objective = build_objective(
         run.tuning_args,
-        auxiliary_weights={},
+        auxiliary_weights=plan.model_config.auxiliary_weights(),
         teacher_args=run.teacher_args,
         teacher=_build_teacher(plan, kernels),
     )
@@ -153,6 +154,7 @@ def compose(
         num_training_steps=steps,
         gradient_clipping=run.training_parameters.gradient_clipping,
         seed=run.random_args.seed,
+        balance=ExpertBalance.of(plan.model_config, runtime.named_buffers()),
     )
     return Composed(
         trainer=trainer,

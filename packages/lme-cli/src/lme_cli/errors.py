@@ -29,7 +29,10 @@ def is_for_the_user(error: BaseException) -> bool:
 
 
 def exit_code(error: BaseException) -> int:
-    """Give 2 for a wrong run file, 1 otherwise."""
+    """Give 2 for a wrong run file, that of a process that failed, 1 otherwise."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(error, CommandError) and isinstance(code, int):
+        return code
     return EXIT_RUN_FILE if isinstance(error, RunFileError) else EXIT_FAILED
 
 

@@ -64,14 +64,18 @@ class Plan:
         return self.launch.rank == 0
 
 
-def make_plan(run: RunConfig) -> Plan:
+def make_plan(run: RunConfig, launch: Launch | None = None) -> Plan:
     """Work out a run's plan; nothing is written and no model is built.
+
+    Args:
+        run: The sections.
+        launch: Which process to plan for; `None`: this one.
 
     Raises:
         ValueError: If the layout or batch does not fit the processes there are.
         CommandError: If the checkpoint in `save_path` is of another run.
     """
-    launch = detect(os.environ)
+    launch = detect(os.environ) if launch is None else launch
     topology = Topology.from_args(run.distributed_args, launch.world_size, launch.rank)
     batch = BatchPlan.resolve(run.training_parameters, topology.data_world_size)
     checkpoint = resume_point(run.save_args, run.load_args)

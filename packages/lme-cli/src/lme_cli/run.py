@@ -12,15 +12,16 @@ from lme_data.dataset import MegatronDatasetArgs
 if TYPE_CHECKING:
     from lme_cli.compose import Composed
     from lme_cli.planning import Plan
+    from lme_parallel.launch import Launch
 
 
-def plan_only(loaded: Loaded) -> None:
-    """Print what a run would do."""
+def plan_only(loaded: Loaded, launch: "Launch") -> None:
+    """Print what a run would do in the processes that `launch` is one of."""
     from lme_cli import flops
     from lme_cli.planning import describe, make_plan
 
     print_warnings(loaded.warnings)
-    plan = make_plan(loaded.run)
+    plan = make_plan(loaded.run, launch)
     print_table("This run would:", describe(plan, flops.count(plan.model_config)))
 
 
@@ -34,6 +35,7 @@ def train(loaded: Loaded, *, is_quickstart: bool = False) -> None:
     """
     from lme_cli import logs
     from lme_cli.planning import check_kill_switch, make_plan
+    from lme_parallel.launch import barrier, process_group
 
     run = loaded.run
     plan = make_plan(run)
@@ -45,9 +47,13 @@ def train(loaded: Loaded, *, is_quickstart: bool = False) -> None:
     if plan.is_first:
         print_warnings(loaded.warnings)
     check_kill_switch(plan)
-    if is_quickstart:
-        _prepare_quickstart(plan)
-    _train(plan, loaded, is_quickstart=is_quickstart)
+    timeout = run.distributed_args.timeout_minutes
+    with process_group(plan.launch, device=plan.device, timeout_minutes=timeout):
+        if is_quickstart:
+            if plan.is_first:
+                _prepare_quickstart(plan)
+            barrier(plan.launch)
+        _train(plan, loaded, is_quickstart=is_quickstart)
 
 
 def _prepare_quickstart(plan: "Plan") -> None:
@@ -60,29 +66,26 @@ def _train(plan: "Plan", loaded: Loaded, *, is_quickstart: bool) -> None:
     from lme_cli import flops
     from lme_cli.compose import compose
     from lme_cli.planning import describe
-    from lme_parallel.launch import process_group
 
     steps = plan.run.training_parameters.num_training_steps
-    timeout = plan.run.distributed_args.timeout_minutes
     if plan.is_first:
         print_table("This run:", describe(plan, flops.count(plan.model_config)))
-    with process_group(plan.launch, device=plan.device, timeout_minutes=timeout):
-        progress = {"progress": Progress(steps)} if plan.is_first else {}
-        composed = compose(plan, loaded.run_file, trackers=progress)
-        started = time.monotonic()
-        is_done = composed.state.step >= steps
-        try:
-            composed.trainer.fit(composed.state)
-        finally:
-            composed.trackers.finish()
-        if plan.is_first:
-            _finish(
-                plan,
-                composed,
-                seconds=time.monotonic() - started,
-                was_done=is_done,
-                is_quickstart=is_quickstart,
-            )
+    progress = {"progress": Progress(steps)} if plan.is_first else {}
+    composed = compose(plan, loaded.run_file, trackers=progress)
+    started = time.monotonic()
+    is_done = composed.state.step >= steps
+    try:
+        composed.trainer.fit(composed.state)
+    finally:
+        composed.trackers.finish()
+    if plan.is_first:
+        _finish(
+            plan,
+            composed,
+            seconds=time.monotonic() - started,
+            was_done=is_done,
+            is_quickstart=is_quickstart,
+        )
 
 
 def _finish(
@@ -101,7 +104,8 @@ def _finish(
             f"stopped after step {composed.state.step:,} of {steps:,}: "
             f"{composed.state.stop_reason}; saved, the same command continues"
         )
-    samples = _samples(composed) if is_quickstart else []
+    # In several processes all would have to take part.
+    samples = _samples(composed) if is_quickstart and plan.topology.is_single else []
     facts = dict(describe(plan, flops.count(plan.model_config)))
     facts["trained for"] = duration(seconds)
     report = write_report(plan.save_path, title=str(plan.save_path), facts=facts, samples=samples)
