@@ -236,7 +236,7 @@ class MoE(MLP):
         """Send each token through its experts; see `MLP`.
 
         In training the auxiliary results are the losses `router_aux_loss` and `router_z_loss` and
-        the statistics `expert_counts` (E,) and `router_entropy`.
+        the statistics `expert_counts` (E,), `router_entropy` and `router_tokens`.
         """
         routing = self.router(x)
         sent = self.dispatch(
@@ -256,9 +256,13 @@ class MoE(MLP):
         if not self.training:
             return y, no_auxiliary()
         balance = self.balancer(routing, context.valid)
-        losses = {"router_aux_loss": balance.aux_loss, "router_z_loss": balance.z_loss}
         return y, Auxiliary(
-            losses, {"expert_counts": balance.counts, "router_entropy": balance.entropy}
+            losses={"router_aux_loss": balance.aux_loss, "router_z_loss": balance.z_loss},
+            statistics={
+                "expert_counts": balance.counts,
+                "router_entropy": balance.entropy,
+                "router_tokens": balance.tokens,
+            },
         )
 
 

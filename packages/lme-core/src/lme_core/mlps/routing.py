@@ -144,6 +144,8 @@ class Balance(NamedTuple):
     """Choices by expert, shape (E,), float32."""
     entropy: Tensor
     """Entropy of the normalised scores in nats, summed over tokens, 0-d."""
+    tokens: Tensor
+    """Number of tokens, 0-d, float32."""
 
 
 class Balancer(nn.Module):
@@ -207,7 +209,8 @@ class Balancer(nn.Module):
         with torch.no_grad():
             entropy = torch.special.entr(shares).sum(dim=-1)
             entropy = (entropy if valid is None else entropy * valid).sum()
-        return Balance(aux_loss, (z / tokens).sum(), local.sum(dim=0).float(), entropy)
+        counts, seen = local.sum(dim=0).float(), local.sum().float() / k
+        return Balance(aux_loss, (z / tokens).sum(), counts, entropy, seen)
 
 
 def scores_of(logits: Tensor, score: Score) -> Tensor:

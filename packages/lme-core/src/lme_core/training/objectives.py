@@ -42,7 +42,7 @@ class Outputs(Protocol):
 
     @property
     def auxiliary(self) -> Mapping[str, Tensor]:
-        """Further losses by name, each summed over the batch's sequences, 0-d."""
+        """Further losses by name, 0-d, and statistics, of any shape: sums over the sequences."""
         ...
 
 
@@ -51,7 +51,7 @@ class LossTerm:
     """One further loss beside the first, as a sum."""
 
     total: Tensor
-    """Sum over what `per` names, 0-d."""
+    """Sum over what `per` names, 0-d; of any shape where the weight is 0."""
     per: str = "targets"
     """Which count its mean divides by."""
     weight: float = 0.0

@@ -21,7 +21,8 @@ class StepSums:
     loss: Tensor
     """What was minimised, 0-d."""
     values: Mapping[str, Tensor]
-    """Means by name, 0-d each: `lm_loss` in nats per target, and every further loss."""
+    """Means by name, `lm_loss` in nats per target and every further loss, 0-d each; and statistics
+    of the model, of any shape."""
     targets: Tensor
     """Number of targets, 0-d."""
 

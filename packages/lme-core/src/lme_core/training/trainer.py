@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lme_core.training.batches import BatchStream
+from lme_core.training.experts import ExpertBalance, expert_metrics
 from lme_core.training.objectives import Objective
 from lme_core.training.optimizers import step_optimizer
 from lme_core.training.runtime import Runtime
@@ -100,6 +101,7 @@ class Trainer:
         num_training_steps: int,
         gradient_clipping: float | None = 1.0,
         seed: int = 42,
+        balance: ExpertBalance | None = None,
     ) -> None:
         """Put a run together; nothing happens yet.
 
@@ -113,6 +115,7 @@ class Trainer:
             num_training_steps: Length of the run, in optimizer steps.
             gradient_clipping: Largest global gradient norm, or no clipping.
             seed: Of dropout.
+            balance: What moves the biases of experts, where the model has any that move.
         """
         self._runtime = runtime
         self._objective = objective
@@ -123,6 +126,7 @@ class Trainer:
         self._num_training_steps = num_training_steps
         self._gradient_clipping = gradient_clipping
         self._seed = seed
+        self._balance = balance
 
     def fit(self, state: TrainState) -> None:
         """Train until the last step is done or a hook sets `state.stop_reason`.
@@ -172,12 +176,14 @@ class Trainer:
         learning_rate = self._schedule.learning_rate
         step_optimizer(self._optimizer, grad_norm)
         self._runtime.finish_step()
+        if self._balance is not None:
+            self._balance(sums.values, torch.isfinite(grad_norm))
         self._schedule.step()
         state.step += 1
         state.tokens += fetched.tokens
         return StepReport(
             loss=sums.loss,
-            values=sums.values,
+            values=expert_metrics(sums.values),
             targets=sums.targets,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
