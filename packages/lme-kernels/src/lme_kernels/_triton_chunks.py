@@ -131,9 +131,10 @@ def load_rows(
     """Load tokens from `start` on as rows, channels from `first` on across, zeros outside."""
     row = tl.arange(0, C)
     channel = first + tl.arange(0, BLOCK)
-    offset = (start + row)[:, None] * stride + channel[None, :]
+    # Within a chunk offsets have 32 bits, and are the same for each.
+    offset = row[:, None] * stride + channel[None, :]
     mask = (row < length)[:, None] & (channel < D)[None, :]
-    return tl.load(ptr + offset, mask=mask, other=0.0)
+    return tl.load(ptr + start.to(tl.int64) * stride + offset, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -143,9 +144,9 @@ def load_columns(
     """Load tokens from `start` on as columns, channels from `first` on down, zeros outside."""
     column = tl.arange(0, C)
     channel = first + tl.arange(0, BLOCK)
-    offset = (start + column)[None, :] * stride + channel[:, None]
+    offset = column[None, :] * stride + channel[:, None]
     mask = (column < length)[None, :] & (channel < D)[:, None]
-    return tl.load(ptr + offset, mask=mask, other=0.0)
+    return tl.load(ptr + start.to(tl.int64) * stride + offset, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -155,9 +156,9 @@ def store_rows(
     """Store what `load_rows` loads."""
     row = tl.arange(0, C)
     channel = first + tl.arange(0, BLOCK)
-    offset = (start + row)[:, None] * stride + channel[None, :]
+    offset = row[:, None] * stride + channel[None, :]
     mask = (row < length)[:, None] & (channel < D)[None, :]
-    tl.store(ptr + offset, tile, mask=mask)
+    tl.store(ptr + start.to(tl.int64) * stride + offset, tile, mask=mask)
 
 
 @triton.jit
@@ -174,8 +175,8 @@ def load_state(
     """Load a block of matrix `index` of those behind `ptr`, zeros outside."""
     row = first_key + tl.arange(0, BLOCK_K)[:, None]
     column = first_value + tl.arange(0, BLOCK_V)[None, :]
-    offset = index.to(tl.int64) * (K * V) + row * V + column
-    return tl.load(ptr + offset, mask=(row < K) & (column < V), other=0.0)
+    matrix = ptr + index.to(tl.int64) * (K * V)
+    return tl.load(matrix + row * V + column, mask=(row < K) & (column < V), other=0.0)
 
 
 @triton.jit
@@ -193,5 +194,5 @@ def store_state(
     """Store what `load_state` loads."""
     row = first_key + tl.arange(0, BLOCK_K)[:, None]
     column = first_value + tl.arange(0, BLOCK_V)[None, :]
-    offset = index.to(tl.int64) * (K * V) + row * V + column
-    tl.store(ptr + offset, state, mask=(row < K) & (column < V))
+    matrix = ptr + index.to(tl.int64) * (K * V)
+    tl.store(matrix + row * V + column, state, mask=(row < K) & (column < V))

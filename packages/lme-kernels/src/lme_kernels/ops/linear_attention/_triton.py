@@ -13,9 +13,14 @@ from torch.autograd.function import once_differentiable
 from lme_kernels._triton_chunks import Slots, sum_groups
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
+from lme_kernels.ops.linear_attention._triton_channels import add_channel_gradients, channel_scores
 from lme_kernels.ops.linear_attention._triton_gradients import write_gradients
 from lme_kernels.ops.linear_attention._triton_outputs import walk_outputs, write_outputs
-from lme_kernels.ops.linear_attention._triton_states import sum_decays, walk_states
+from lme_kernels.ops.linear_attention._triton_states import (
+    sum_channel_decays,
+    sum_decays,
+    walk_states,
+)
 from lme_kernels.ops.linear_attention.arguments import ChunkOptions, num_sequences
 from lme_kernels.ops.linear_attention.settings import chunk_settings, walks
 
@@ -30,8 +35,6 @@ def why_not(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
 ) -> str | None:
-    if log_decay is not None and log_decay.ndim == query.ndim:
-        return "each channel decays by itself"
     return why_not_channels(query, value, key, log_decay, initial_state)
 
 
@@ -153,17 +156,23 @@ def _forward(query, key, value, log_decay, factor, skip, initial, cu_seqlens, sc
     sequences, N, K, V = final.shape
     rows = sequences * N
     # Packed sequences may be as uneven as they like, and the longest would be walked alone.
-    walk = cu_seqlens is None and walks(rows, V)
+    channels = log_decay is not None and log_decay.ndim == query.ndim
+    walk = cu_seqlens is None and not channels and walks(rows, V)
     settings = chunk_settings("walk" if walk else "outputs", query.dtype, K, V, rows)
     slots = Slots.of(query, cu_seqlens, settings.chunk)
-    decay, weight = sum_decays(log_decay, factor, slots)
+    scores = None
+    if channels:
+        decay, weight = sum_channel_decays(log_decay, slots), None
+        scores = channel_scores(query, key, decay, scale, inclusive, slots)
+    else:
+        decay, weight = sum_decays(log_decay, factor, slots)
     options = (scale, inclusive, slots)
     if walk:
         walk_outputs(query, key, value, decay, weight, skip, initial, y, final, *options, settings)
         return y, final
     of_states = chunk_settings("states", query.dtype, K, V, rows)
     states = walk_states(key, value, decay, weight, initial, final, slots, of_states)
-    write_outputs(query, key, value, decay, weight, skip, states, y, *options, settings)
+    write_outputs(query, key, value, decay, weight, skip, states, scores, y, *options, settings)
     return y, final
 
 
@@ -213,7 +222,15 @@ def _backward(
     settings = chunk_settings("gradients", query.dtype, K, V, sequences * N)
     of_states = chunk_settings("states", query.dtype, K, V, sequences * N)
     slots = Slots.of(query, cu_seqlens, settings.chunk)
-    decay, weight = sum_decays(log_decay, factor, slots)
+    channels = log_decay is not None and log_decay.ndim == query.ndim
+    of_scores = (None, None, None)
+    if channels:
+        decay, weight = sum_channel_decays(log_decay, slots), None
+        scores = channel_scores(query, key, decay, scale, inclusive, slots)
+        kept = torch.empty((slots.count, N, K), dtype=torch.float32, device=query.device)
+        of_scores = (scores, torch.empty_like(scores), kept)
+    else:
+        decay, weight = sum_decays(log_decay, factor, slots)
     final = query.new_empty((sequences, N, K, V))
     states = walk_states(key, value, decay, weight, initial, final, slots, of_states)
     grad_initial = (query if initial is None else initial).new_empty(final.shape)
@@ -249,18 +266,32 @@ def _backward(
         skip,
         states,
         grad_states,
+        of_scores,
         grads,
         scale,
         inclusive,
         slots,
         settings,
     )
-    absent = query.new_empty(0)
+    if channels:
+        through = (grad_query, grad_key)
+        grad_query, grad_key = torch.empty_like(grad_query), torch.empty_like(grad_key)
+        add_channel_gradients(
+            query,
+            key,
+            decay,
+            *of_scores[1:],
+            through,
+            (grad_query, grad_key, grad_decay),
+            inclusive,
+            slots,
+            chunk_settings("keys", query.dtype, K, V, sequences * N),
+        )
     return (
         sum_groups(grad_query, query.shape[-2], query.dtype),
         sum_groups(grad_key, key.shape[-2], query.dtype),
         sum_groups(grad_value, value.shape[-2], query.dtype),
-        absent if grad_decay is None else grad_decay,
+        query.new_empty(0) if grad_decay is None else grad_decay,
         query.new_empty(0) if grad_factor is None else grad_factor,
         query.new_empty(0) if partials is None else partials.sum(0).to(skip.dtype),
         query.new_empty(0) if initial is None else grad_initial,

@@ -1,6 +1,5 @@
 """Gradients of a chunk in Triton, from the state before it and the gradient of the one after it."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch import Tensor
 from lme_kernels._triton_chunks import (
     Slots,
     as_tokens,
+    load_columns,
     load_rows,
     load_state,
     precision_of,
@@ -15,8 +15,17 @@ from lme_kernels._triton_chunks import (
     store_rows,
 )
 from lme_kernels.ops.linear_attention._triton_outputs import weigh_scores
-from lme_kernels.ops.linear_attention._triton_states import HEAD, NOTHING, head_decay
+from lme_kernels.ops.linear_attention._triton_states import head_decay, kind_of_sums, load_channels
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
+
+
+@triton.jit
+def _store_by_token(
+    ptr, numbers, head, start, length, N: tl.constexpr, C: tl.constexpr, GIVEN: tl.constexpr
+):
+    if GIVEN:
+        row = tl.arange(0, C)
+        tl.store(ptr + (start + row) * N + head, numbers, mask=row < length)
 
 
 @triton.jit(do_not_specialize=["S", "count"])
@@ -31,6 +40,9 @@ def _gradients_kernel(
     table_ptr,
     states_ptr,
     grad_states_ptr,
+    scores_ptr,
+    grad_scores_ptr,
+    kept_ptr,
     grad_query_ptr,
     grad_key_ptr,
     grad_value_ptr,
@@ -72,20 +84,32 @@ def _gradients_kernel(
     grad_y_ptr += head.to(tl.int64) * grad_y_head
     query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
     key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
-    until, reached, weight, left_over, last = 0.0, 0.0, 0.0, 0.0, 0.0
-    if DECAY == 1:
-        until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-        left_over = tl.exp2(last - until)
+    until, reached, weight, last = 0.0, 0.0, 0.0, 0.0
     if HAS_FACTOR:
         weight = tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
-    # Rows of keys: what each value is multiplied with for each later output.
-    passed = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-    passed = weigh_scores(passed, until, reached, weight, C, DECAY, False, INCLUSIVE, True)
-    passed = (passed * scale).to(query.dtype)
-    skip, grad_skip = 0.0, tl.zeros((C,), dtype=tl.float32)
+    # `passed` has rows of keys: what each value is multiplied with for each later output.
+    if DECAY == 2:
+        row, channel = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        own = decay_ptr + (slot * N + head) * (C * K)
+        last = load_channels(own, C - 1, channel, K)
+        left_over = tl.exp2(last - load_channels(own, row, channel, K))
+        read = tl.exp2(load_channels(own, row if INCLUSIVE else row - 1, channel, K)) * scale
+        kept_key = (key.to(tl.float32) * left_over).to(key.dtype)
+        passed = load_columns(scores_ptr, (slot * N + head) * C, C, C, 0, C, C, C)
+    else:
+        left_over, read = 1.0, scale
+        if DECAY == 1:
+            until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
+            left_over = tl.exp2(last - until)[:, None]
+            read = (tl.exp2(reached) * scale)[:, None]
+        kept_key = key
+        passed = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        passed = weigh_scores(passed, until, reached, weight, C, DECAY, False, INCLUSIVE, True)
+        passed = (passed * scale).to(query.dtype)
+    skip = 0.0
     if HAS_SKIP:
         skip = tl.load(skip_ptr + head).to(tl.float32)
-    grad_factor = tl.zeros((C,), dtype=tl.float32)
+    grad_skip, grad_factor = tl.zeros((C,), dtype=tl.float32), tl.zeros((C,), dtype=tl.float32)
     kept = tl.zeros((BLOCK_K,), dtype=tl.float32)
     grad_scores = tl.zeros((C, C), dtype=tl.float32)
     grad_query = tl.zeros((C, BLOCK_K), dtype=tl.float32)
@@ -98,9 +122,10 @@ def _gradients_kernel(
         grad_scores += tl.dot(grad_y, tl.trans(value), input_precision=PRECISION)
         grad_query += tl.dot(grad_y, tl.trans(state), input_precision=PRECISION)
         grad_key += tl.dot(value, tl.trans(grad_state), input_precision=PRECISION)
-        grad_value = tl.dot(key, grad_state, input_precision=PRECISION)
+        grad_value = tl.dot(kept_key, grad_state, input_precision=PRECISION)
         if DECAY == 1:
-            grad_value *= left_over[:, None]
+            grad_value *= left_over
+        if DECAY != 0:
             kept += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
         grad_value += tl.dot(passed, grad_y, input_precision=PRECISION)
         if HAS_FACTOR:
@@ -112,39 +137,40 @@ def _gradients_kernel(
         store_rows(
             grad_value_ptr + head * V, grad_value, start, length, N * V, first, C, V, BLOCK_V
         )
-    read = scale
-    if DECAY == 1:
-        grad_query *= (tl.exp2(reached) * scale)[:, None]
-        grad_key *= left_over[:, None]
-    else:
-        grad_query *= read
-    if HAS_FACTOR:
-        grad_key *= weight[:, None]
-    total = 0.0
-    if DECAY == 1:
-        # What the decay of any token of the chunk acts on: the state before it, and keys that
-        # reach its end, of which those after the token are taken off below.
-        total = tl.exp2(last) * tl.sum(kept) + tl.sum(grad_key * key.to(tl.float32))
-    grad_scores = weigh_scores(
-        grad_scores * scale, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
-    ).to(query.dtype)
-    grad_query += tl.dot(grad_scores, key, input_precision=PRECISION)
-    grad_key += tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION)
-    store_rows(grad_query_ptr + head * K, grad_query, start, length, N * K, 0, C, K, BLOCK_K)
-    store_rows(grad_key_ptr + head * K, grad_key, start, length, N * K, 0, C, K, BLOCK_K)
-    row = tl.arange(0, C)
-    offset = (start + row) * N + head
-    if DECAY == 1:
-        by_query = tl.sum(grad_query * query.to(tl.float32), axis=1)
-        by_key = tl.sum(grad_key * key.to(tl.float32), axis=1)
-        grad_decay = total + tl.cumsum(by_query - by_key, axis=0, reverse=True)
-        if not INCLUSIVE:
-            grad_decay -= by_query
-        tl.store(grad_decay_ptr + offset, grad_decay, mask=row < length)
-    if HAS_FACTOR:
-        tl.store(grad_factor_ptr + offset, grad_factor, mask=row < length)
+    _store_by_token(grad_factor_ptr, grad_factor, head, start, length, N, C, HAS_FACTOR)
     if HAS_SKIP:
         tl.store(grad_skip_ptr + slot * N + head, tl.sum(grad_skip))
+    grad_query *= read
+    grad_key *= left_over
+    if HAS_FACTOR:
+        grad_key *= weight[:, None]
+    grad_scores *= scale
+    if DECAY == 2:
+        grad_scores = weigh_scores(grad_scores, 0.0, 0.0, 0.0, C, 0, False, INCLUSIVE, False)
+        store_rows(grad_scores_ptr, grad_scores, (slot * N + head) * C, C, C, 0, C, C, C)
+        channel = tl.arange(0, BLOCK_K)
+        kept *= tl.exp2(load_channels(own, C - 1, channel, K))
+        tl.store(kept_ptr + (slot * N + head) * K + channel, kept, mask=channel < K)
+    else:
+        # What the decay of any token of the chunk acts on: the state before it, and keys that
+        # reach its end, of which those from the token on are taken off.
+        total = 0.0
+        if DECAY == 1:
+            total = tl.exp2(last) * tl.sum(kept) + tl.sum(grad_key * key.to(tl.float32))
+        grad_scores = weigh_scores(
+            grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
+        ).to(query.dtype)
+        grad_query += tl.dot(grad_scores, key, input_precision=PRECISION)
+        grad_key += tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION)
+        if DECAY == 1:
+            by_query = tl.sum(grad_query * query.to(tl.float32), axis=1)
+            by_key = tl.sum(grad_key * key.to(tl.float32), axis=1)
+            grad_decay = total + tl.cumsum(by_query - by_key, axis=0, reverse=True)
+            if not INCLUSIVE:
+                grad_decay -= by_query
+            _store_by_token(grad_decay_ptr, grad_decay, head, start, length, N, C, True)
+    store_rows(grad_query_ptr + head * K, grad_query, start, length, N * K, 0, C, K, BLOCK_K)
+    store_rows(grad_key_ptr + head * K, grad_key, start, length, N * K, 0, C, K, BLOCK_K)
 
 
 def write_gradients(
@@ -157,6 +183,7 @@ def write_gradients(
     skip: Tensor | None,
     states: Tensor,
     grad_states: Tensor,
+    of_scores: tuple[Tensor | None, Tensor | None, Tensor | None],
     grads: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     scale: float,
     inclusive: bool,
@@ -170,13 +197,15 @@ def write_gradients(
         key: Likewise.
         value: Shape (B, S, heads, V) or (T, heads, V).
         grad_y: Gradient of the outputs, shape (B, S, N, V) or (T, N, V).
-        decay: Sums of logarithms from `sum_decays`; `None` for no decay.
+        decay: Sums from `sum_decays` or `sum_channel_decays`; `None` for no decay.
         weight: Factors of keys from `sum_decays`; `None` for none.
         skip: Factor of each head's values that is added, shape (N,); `None` for none.
         states: State before each chunk, shape (slots, N, K, V), dtype of `query`.
         grad_states: Gradient of the state after each chunk, likewise.
+        of_scores: Where each channel decays by itself, scores from `channel_scores`, and where to
+            write what `add_channel_gradients` takes; else `None`.
         grads: Where to write, contiguous: gradients of queries and keys, shape (..., N, K), and of
-            values, shape (..., N, V); of decays and of factors, shape (..., N); and for each slot
+            values, shape (..., N, V); of decays (a head) and of factors, shape (..., N); and for each slot
             and head its part of the gradient of `skip`, float32, shape (slots, N).
         scale: Factor of what is read.
         inclusive: Whether a token sees itself.
@@ -186,6 +215,7 @@ def write_gradients(
     N, K, V = states.shape[1:]
     if states.numel() == 0:
         return
+    scores, grad_scores, kept = of_scores
     query, query_stride, query_head = as_tokens(query)
     key, key_stride, key_head = as_tokens(key)
     value, value_stride, value_head = as_tokens(value)
@@ -201,6 +231,9 @@ def write_gradients(
         slots.table,
         states,
         grad_states,
+        scores,
+        grad_scores,
+        kept,
         *grads,
         slots.S,
         slots.count,
@@ -219,7 +252,7 @@ def write_gradients(
         QUERY_GROUP=N // query.shape[-2],
         KEY_GROUP=N // key.shape[-2],
         VALUE_GROUP=N // value.shape[-2],
-        DECAY=NOTHING if decay is None else HEAD,
+        DECAY=kind_of_sums(decay),
         HAS_FACTOR=weight is not None,
         HAS_SKIP=skip is not None,
         PACKED=slots.table is not None,

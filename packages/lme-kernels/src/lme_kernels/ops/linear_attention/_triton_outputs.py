@@ -1,6 +1,5 @@
 """Outputs in Triton: of each chunk by itself from the state before it, or walking the sequence."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,7 @@ from lme_kernels._triton_chunks import (
     store_rows,
     store_state,
 )
-from lme_kernels.ops.linear_attention._triton_states import HEAD, NOTHING, head_decay
+from lme_kernels.ops.linear_attention._triton_states import head_decay, kind_of_sums, load_channels
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
 from lme_kernels.tuning import ceil_div
 
@@ -72,6 +71,7 @@ def _outputs_kernel(
     skip_ptr,
     table_ptr,
     states_ptr,
+    scores_ptr,
     y_ptr,
     S,
     count,
@@ -108,20 +108,30 @@ def _outputs_kernel(
     key_ptr += (head // KEY_GROUP).to(tl.int64) * key_head
     value_ptr += (head // VALUE_GROUP).to(tl.int64) * value_head
     query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
-    key = load_columns(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
     state = load_state(states_ptr, slot * N + head, 0, first, K, V, BLOCK_K, BLOCK_V)
     value = load_rows(value_ptr, start, length, value_stride, first, C, V, BLOCK_V)
-    y = tl.dot(query, state, input_precision=PRECISION)
-    scores = tl.dot(query, key, input_precision=PRECISION)
-    until, reached, weight = 0.0, 0.0, 0.0
-    if DECAY == 1:
-        until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-        y *= tl.exp2(reached)[:, None]
-    if HAS_FACTOR:
-        weight = tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
-    scores = weigh_scores(
-        scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
-    ).to(value.dtype)
+    if DECAY == 2:
+        # The scores are there, times `scale`.
+        row, channel = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        own = decay_ptr + (slot * N + head) * (C * K)
+        reached = load_channels(own, row if INCLUSIVE else row - 1, channel, K)
+        query = (query.to(tl.float32) * (tl.exp2(reached) * scale)).to(query.dtype)
+        scores = load_rows(scores_ptr, (slot * N + head) * C, C, C, 0, C, C, C)
+        y = tl.dot(query, state, input_precision=PRECISION)
+        scale = 1.0
+    else:
+        key = load_columns(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
+        y = tl.dot(query, state, input_precision=PRECISION)
+        scores = tl.dot(query, key, input_precision=PRECISION)
+        until, reached, weight = 0.0, 0.0, 0.0
+        if DECAY == 1:
+            until, reached, _ = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
+            y *= tl.exp2(reached)[:, None]
+        if HAS_FACTOR:
+            weight = tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
+        scores = weigh_scores(
+            scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
+        ).to(value.dtype)
     y += tl.dot(scores, value, input_precision=PRECISION)
     y = _finish(y, value, skip_ptr, head, scale, HAS_SKIP)
     store_rows(y_ptr + head * V, y, start, length, N * V, first, C, V, BLOCK_V)
@@ -179,7 +189,7 @@ def _walk_kernel(
     state = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
     if HAS_INITIAL:
         state = load_state(initial_ptr, program, 0, first, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
-    for place in range(0, tl.cdiv(length, C)):
+    for place in range(tl.cdiv(length, C)):
         token, left = start + place * C, length - place * C
         query = load_rows(query_ptr, token, left, query_stride, 0, C, K, BLOCK_K)
         key = load_columns(key_ptr, token, left, key_stride, 0, C, K, BLOCK_K)
@@ -228,6 +238,7 @@ def write_outputs(
     weight: Tensor | None,
     skip: Tensor | None,
     states: Tensor,
+    scores: Tensor | None,
     y: Tensor,
     scale: float,
     inclusive: bool,
@@ -240,10 +251,12 @@ def write_outputs(
         query: Shape (B, S, heads, K) or (T, heads, K).
         key: Likewise.
         value: Shape (B, S, heads, V) or (T, heads, V).
-        decay: Sums of logarithms from `sum_decays`; `None` for no decay.
+        decay: Sums from `sum_decays` or `sum_channel_decays`; `None` for no decay.
         weight: Factors of keys from `sum_decays`; `None` for none.
         skip: Factor of each head's values that is added, shape (N,); `None` for none.
         states: Shape (slots, N, K, V), dtype of `query`.
+        scores: What each token takes of each key of its chunk, from `channel_scores`, where each
+            channel decays by itself; else `None`.
         y: Where to write.
         scale: Factor of what is read.
         inclusive: Whether a token sees itself.
@@ -263,6 +276,7 @@ def write_outputs(
         skip,
         slots.table,
         states,
+        scores,
         y,
         slots.S,
         slots.count,
@@ -274,7 +288,7 @@ def write_outputs(
         QUERY_GROUP=N // query.shape[-2],
         KEY_GROUP=N // key.shape[-2],
         VALUE_GROUP=N // value.shape[-2],
-        DECAY=NOTHING if decay is None else HEAD,
+        DECAY=kind_of_sums(decay),
         HAS_FACTOR=weight is not None,
         HAS_SKIP=skip is not None,
         PACKED=slots.table is not None,
@@ -346,7 +360,7 @@ def walk_outputs(
         QUERY_GROUP=N // query.shape[-2],
         KEY_GROUP=N // key.shape[-2],
         VALUE_GROUP=N // value.shape[-2],
-        DECAY=NOTHING if decay is None else HEAD,
+        DECAY=kind_of_sums(decay),
         HAS_FACTOR=weight is not None,
         HAS_SKIP=skip is not None,
         HAS_INITIAL=initial is not None,

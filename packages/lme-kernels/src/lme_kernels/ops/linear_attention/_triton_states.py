@@ -12,12 +12,14 @@ from torch import Tensor
 from lme_kernels._triton_chunks import (
     Slots,
     as_tokens,
+    block_of,
     load_columns,
     load_rows,
     load_state,
     precision_of,
     sequence_of,
     slot_of,
+    store_rows,
     store_state,
 )
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
@@ -27,11 +29,11 @@ from lme_kernels.tuning import ceil_div, next_power_of_two
 NOTHING, HEAD, CHANNEL = 0, 1, 2
 
 
-def kind_of(log_decay: Tensor | None, query: Tensor) -> int:
-    """Say what decays."""
-    if log_decay is None:
+def kind_of_sums(decay: Tensor | None) -> int:
+    """Say what decays by sums from `sum_decays`."""
+    if decay is None:
         return NOTHING
-    return CHANNEL if log_decay.ndim == query.ndim else HEAD
+    return HEAD if decay.ndim == 3 else CHANNEL
 
 
 @triton.jit(do_not_specialize=["S", "count"])
@@ -52,10 +54,7 @@ def _decay_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum logarithms over the tokens of each chunk, and turn them so that tokens are neighbours.
-
-    "Heads" are heads times channels where each channel decays by itself.
-    """
+    """Sum logarithms over the tokens of each chunk, and turn them so that tokens are neighbours."""
     blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     slot = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK
@@ -70,6 +69,66 @@ def _decay_kernel(
     if HAS_FACTOR:
         weight = load_rows(factor_ptr, start, length, factor_stride, first, C, N, BLOCK)
         tl.store(weight_ptr + offset, weight.to(tl.float32), mask=here)
+
+
+@triton.jit(do_not_specialize=["S", "count"])
+def _channel_decay_kernel(
+    log_decay_ptr,
+    table_ptr,
+    decay_ptr,
+    S,
+    count,
+    stride,
+    head_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PACKED: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    first = (tl.program_id(0) % blocks) * BLOCK
+    program = tl.program_id(0) // blocks
+    head, slot = program % N, (program // N).to(tl.int64)
+    start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
+    own = log_decay_ptr + head.to(tl.int64) * head_stride
+    step = load_rows(own, start, length, stride, first, C, K, BLOCK)
+    until = tl.cumsum(step.to(tl.float32), axis=0) * 1.4426950408889634
+    store_rows(decay_ptr, until, (slot * N + head) * C, C, K, first, C, K, BLOCK)
+
+
+def sum_channel_decays(log_decay: Tensor, slots: Slots) -> Tensor:
+    """Sum the decays of each channel over the tokens of each chunk.
+
+    Args:
+        log_decay: Shape (B, S, N, K) or (T, N, K).
+        slots: The chunks.
+
+    Returns:
+        Sums up to each token, to base 2: float32, shape (slots, N, chunk, K).
+    """
+    N, K = log_decay.shape[-2:]
+    decay = log_decay.new_empty((slots.count, N, slots.chunk, K), dtype=torch.float32)
+    if decay.numel() == 0:
+        return decay
+    log_decay, stride, head_stride = as_tokens(log_decay)
+    block = min(64, block_of(K))
+    _channel_decay_kernel[(slots.count * N * ceil_div(K, block),)](
+        log_decay,
+        slots.table,
+        decay,
+        slots.S,
+        slots.count,
+        stride,
+        head_stride,
+        N=N,
+        K=K,
+        PACKED=slots.table is not None,
+        C=slots.chunk,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return decay
 
 
 def sum_decays(
@@ -133,6 +192,50 @@ def head_decay(decay_ptr, head, slot, count, C: tl.constexpr, INCLUSIVE: tl.cons
     return until, reached, tl.load(own + C - 1)
 
 
+@triton.jit
+def load_channels(ptr, row, channel, K: tl.constexpr):
+    """Load sums of the channels of a chunk and head, 0 before its first token.
+
+    `channel` is a tile, and `row` another that goes with it or a number.
+    """
+    mask = (channel < K) & (channel * 0 + row >= 0)
+    return tl.load(ptr + row * K + channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def _kept(
+    decay_ptr,
+    head,
+    slot,
+    count,
+    first_key,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DECAY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Logarithms of what is left of each key at the end of a chunk, and of the state before it.
+
+    If `REVERSE`, of what is left of that state when each token reads it. Tiles of tokens across.
+    """
+    if DECAY == 2:
+        own = decay_ptr + (slot * N + head) * (C * K)
+        row = tl.arange(0, C)[None, :]
+        channel = first_key + tl.arange(0, BLOCK_K)[:, None]
+        last = load_channels(own, C - 1, channel, K)
+        if REVERSE:
+            left = load_channels(own, row if INCLUSIVE else row - 1, channel, K)
+        else:
+            left = last - load_channels(own, row, channel, K)
+    else:
+        until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
+        left = reached[None, :] if REVERSE else (last - until)[None, :]
+    return left, last
+
+
 @triton.jit(do_not_specialize=["S", "count"])
 def _states_kernel(
     key_ptr,
@@ -184,26 +287,29 @@ def _states_kernel(
             tl.float32
         )
     chunks = tl.cdiv(length, C)
-    for step in range(0, chunks):
+    for step in range(chunks):
         place = step
         if REVERSE:
             place = chunks - 1 - step
         slot = base + place
-        token, left = start + place * C, length - place * C
-        key = load_columns(key_ptr, token, left, key_stride, first_key, C, K, BLOCK_K)
-        value = load_rows(value_ptr, token, left, value_stride, first_value, C, V, BLOCK_V)
+        token, here = start + place * C, length - place * C
+        key = load_columns(key_ptr, token, here, key_stride, first_key, C, K, BLOCK_K)
+        value = load_rows(value_ptr, token, here, value_stride, first_value, C, V, BLOCK_V)
         store_state(
             states_ptr, state, slot * N + head, first_key, first_value, K, V, BLOCK_K, BLOCK_V
         )
-        weight = tl.full((C,), scale, dtype=tl.float32)
+        weight = tl.full((1, C), scale, dtype=tl.float32)
         if HAS_FACTOR:
-            weight *= tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
-        if DECAY == 1:
-            until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-            weight *= tl.exp2(reached) if REVERSE else tl.exp2(last - until)
+            own = weight_ptr + (head.to(tl.int64) * count + slot) * C
+            weight *= tl.load(own + tl.arange(0, C))[None, :]
+        if DECAY != 0:
+            left, last = _kept(
+                decay_ptr, head, slot, count, first_key, N, K, DECAY, REVERSE, INCLUSIVE, C, BLOCK_K
+            )
+            weight = weight * tl.exp2(left)
             state *= tl.exp2(last)
-        if DECAY == 1 or HAS_FACTOR:
-            key = (key.to(tl.float32) * weight[None, :]).to(value.dtype)
+        if DECAY != 0 or HAS_FACTOR:
+            key = (key.to(tl.float32) * weight).to(value.dtype)
             state += tl.dot(key, value, input_precision=PRECISION)
         else:
             # A factor of everything is applied where it costs no rounding.
@@ -230,7 +336,7 @@ def walk_states(
     Args:
         key: Shape (B, S, heads, K) or (T, heads, K); queries if `reverse`.
         value: Shape (B, S, heads, V) or (T, heads, V); gradients of outputs if `reverse`.
-        decay: Sums of logarithms from `sum_decays`; `None` for no decay.
+        decay: Sums from `sum_decays` or `sum_channel_decays`; `None` for no decay.
         weight: Factors of keys from `sum_decays`; `None` for none.
         initial: State to start from, shape (sequences, N, K, V); `None` for zeros.
         final: Gets the state at the end, same shape.
@@ -272,7 +378,7 @@ def walk_states(
         V=V,
         KEY_GROUP=N // key.shape[-2],
         VALUE_GROUP=N // value.shape[-2],
-        DECAY=NOTHING if decay is None else HEAD,
+        DECAY=kind_of_sums(decay),
         HAS_FACTOR=weight is not None,
         HAS_INITIAL=initial is not None,
         PACKED=slots.first is not None,

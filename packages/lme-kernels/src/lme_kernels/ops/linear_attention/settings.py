@@ -60,20 +60,16 @@ def chunk_settings(kernel: str, dtype: torch.dtype, K: int, V: int, rows: int) -
             block = min(block, 32)
         return ChunkSettings(chunk, key, block, 8 if key > 128 or exact else 4, 1 if exact else 2)
     if kernel == "states":
-        wide = rows * (value // min(value, 64)) >= 256 and not exact
-        return ChunkSettings(
-            chunk,
-            min(key, 128 if wide else 64),
-            min(value, 32 if exact else 64),
-            4,
-            1 if exact else 3,
-        )
+        # Four programs to a multiprocessor, which hide each other's steps.
+        stages = 1 if exact else 3
+        return ChunkSettings(chunk, min(key, 64), min(value, 32 if exact else 64), 4, stages)
     if kernel == "outputs":
         block = min(value, 32 if exact else 128 if key <= 128 else 64)
         return ChunkSettings(chunk, key, block, 8 if exact or key > 128 else 4, 1)
     if kernel == "gradients":
-        block = min(value, 16 if exact else 64 if key <= 128 else 32)
-        return ChunkSettings(chunk, key, block, 8, 1 if exact or key > 128 else 2)
+        # Wider blocks of values do not fit into registers beside two gradients of keys' width.
+        block = min(value, 16 if exact else 32)
+        return ChunkSettings(chunk, key, block, 8, 1 if exact else 2 if key > 128 else 3)
     return ChunkSettings(chunk, min(key, 64), value, 4, 1)
 
 
@@ -115,12 +111,17 @@ def walks(rows: int, V: int) -> bool:
         rows: Sequences times heads.
         V: Channels of a value.
     """
+    fixed = FIXED.get()
+    if fixed is not None:
+        return fixed[0] == "walk"
     return rows * (block_of(V) // min(block_of(V), 32)) >= WALKING_PROGRAMS
 
 
 @contextmanager
 def using_chunks(kernel: str, settings: ChunkSettings) -> Iterator[None]:
     """Launch one kernel with given settings inside a `with` block, in this thread only.
+
+    It decides too whether a sequence is walked in one go: where "walk" is given, and nowhere else.
 
     Args:
         kernel: As in `chunk_settings`.
