@@ -41,7 +41,12 @@ def forward_into(gate: Tensor, up: Tensor, y: Tensor) -> None:
 
 
 def backward_into(
-    grad_y: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, stride: int
+    grad_y: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    grad_gate: Tensor,
+    grad_up: Tensor,
+    stride: int | None = None,
 ) -> None:
     """Launch the backward; the tensors are not empty.
 
@@ -51,16 +56,16 @@ def backward_into(
         up: Factor.
         grad_gate: Gets the gradient of `gate`; rows of unit stride.
         grad_up: Gets the gradient of `up`, likewise.
-        stride: Elements from row to row of both; the number of columns if they are contiguous.
+        stride: Elements from row to row of both; `None` if they are contiguous.
     """
-    if stride == gate.shape[-1]:
+    if stride is None:
         inputs, strides, rows, columns = as_matrices(grad_y, gate, up)
+        stride = columns if rows > 1 else 0
     else:
         pairs = [as_rows(each) for each in (grad_y, gate, up)]
         inputs, strides = [each for each, _ in pairs], [each for _, each in pairs]
         rows, columns = num_rows(gate), gate.shape[-1]
-    strides = (*strides, stride if rows > 1 else 0)
-    BACKWARD.launch((*inputs, grad_gate, grad_up), strides, rows, columns)
+    BACKWARD.launch((*inputs, grad_gate, grad_up), (*strides, stride), rows, columns)
 
 
 def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
@@ -88,6 +93,5 @@ def _backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
         torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2)
     )
     if gate.numel():
-        columns = gate.shape[-1] if gate.ndim else 1
-        backward_into(grad_y, gate, up, grad_gate, grad_up, columns)
+        backward_into(grad_y, gate, up, grad_gate, grad_up)
     return grad_gate, grad_up
