@@ -86,8 +86,8 @@ def _small_inverse(system, PRECISION: tl.constexpr):
     pair = (row == column + 1) & (row % 2 == 1)
     inverse = identity - tl.where(pair[None, :, :], system, 0.0)
     for level in tl.static_range(1, 4):
-        size: tl.constexpr = 2**level
-        below = (row // size == column // size + 1) & ((row // size) % 2 == 1)
+        block, beside = row >> level, (column >> level) + 1
+        below = (block == beside) & (block % 2 == 1)
         corner = tl.where(below[None, :, :], system, 0.0)
         product = tl.dot(inverse, corner, input_precision=PRECISION)
         inverse -= tl.dot(product, inverse, input_precision=PRECISION)
