@@ -124,7 +124,7 @@ class Chunks:
         after = []
         for chunk in range(self._num_chunks):
             begins = self._place[chunk] == 0
-            state = step(chunk, torch.where(begins, padded[self._owner[chunk]].unsqueeze(0), state))
+            state = step(chunk, torch.where(begins, padded[self._owner[chunk : chunk + 1]], state))
             after.append(state)
         first = first_chunks(self._cu_seqlens, self._size)
         final = torch.cat(after)[(first[1:] - 1).clamp(min=0)]
