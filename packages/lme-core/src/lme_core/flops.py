@@ -87,10 +87,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
         config: The architecture.
         sequence_length: Tokens of a sequence, taken as one document.
     """
-    layers = sum(
-        mixer.forward_flops(config, sequence_length) + mlp.forward_flops(config, sequence_length)
-        for mixer, mlp in zip(config.mixers(), config.mlps(), strict=True)
-    )
+    layers = config.block_flops(sequence_length)
     return 3.0 * (layers + 2.0 * config.hidden_size * config.vocab_size)
 
 

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from lme_core.architectures.gpt_base import GPTBaseConfig
+from lme_core.architectures.gpt_crosslayer import GPTCrossLayerConfig
+from lme_core.architectures.ladder_residual import LadderResidualConfig
+from lme_core.architectures.palm import PaLMConfig
 from lme_core.layers.unions import tag_of
 
 
@@ -13,4 +16,10 @@ def _kind(value: Any) -> str | None:
 
 
 # `Any` above: what a run file holds before it is validated.
-ModelConfig = Annotated[Annotated[GPTBaseConfig, Tag("gpt_base")], Discriminator(_kind)]
+ModelConfig = Annotated[
+    Annotated[GPTBaseConfig, Tag("gpt_base")]
+    | Annotated[GPTCrossLayerConfig, Tag("gpt_crosslayer")]
+    | Annotated[LadderResidualConfig, Tag("ladder_residual")]
+    | Annotated[PaLMConfig, Tag("palm")],
+    Discriminator(_kind),
+]

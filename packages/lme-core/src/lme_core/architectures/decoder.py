@@ -25,6 +25,7 @@ from lme_core.layers.initialization import (
 from lme_core.layers.linear import Embedding, Linear
 from lme_core.layers.normalization import build_norm
 from lme_core.mixers.base import LayerCache, SequenceMixer
+from lme_core.mlps.base import MLP
 from lme_kernels.ops.fused_linear_cross_entropy import FUSED_LINEAR_CROSS_ENTROPY
 from lme_kernels.policy import KernelPolicy
 
@@ -57,8 +58,6 @@ class DecoderOutputs:
 class Block(nn.Module):
     """One layer; what it adds to the residual stream is its architecture's business."""
 
-    sequence_mixer: SequenceMixer
-
     def forward(
         self, stream: Stream, context: SequenceContext, cache: LayerCache | None
     ) -> tuple[Stream, Auxiliary]:
@@ -78,8 +77,35 @@ class Block(nn.Module):
     def new_cache(
         self, batch_size: int, max_length: int, *, device: torch.device, dtype: torch.dtype
     ) -> LayerCache:
+        """Make an empty cache of the layer's sequence mixer; see `SequenceMixer`."""
+        raise NotImplementedError
+
+
+class MixerBlock(Block):
+    """A layer of one sequence mixer and one MLP, each of any kind."""
+
+    def __init__(self, config: DecoderConfig, layer: int, kernels: KernelPolicy) -> None:
+        """Build both, without initialising.
+
+        Args:
+            config: The architecture.
+            layer: Index of the layer.
+            kernels: Which implementations run.
+        """
+        super().__init__()
+        self.residual_scale = 1.0 if config.m_residual is None else config.m_residual
+        self.sequence_mixer: SequenceMixer = config.mixers()[layer].build(config, layer, kernels)
+        self.mlp: MLP = config.mlps()[layer].build(config, layer, kernels)
+
+    def new_cache(
+        self, batch_size: int, max_length: int, *, device: torch.device, dtype: torch.dtype
+    ) -> LayerCache:
         """Make an empty cache; see `SequenceMixer`."""
         return self.sequence_mixer.new_cache(batch_size, max_length, device=device, dtype=dtype)
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """Return `y` times `m_residual`."""
+        return y if self.residual_scale == 1.0 else self.residual_scale * y
 
 
 class Decoder(nn.Module):

@@ -123,6 +123,17 @@ class DecoderConfig:
             "router_z_loss": self.router_z_loss_coef or 0.0,
         }
 
+    def block_flops(self, sequence_length: int) -> float:
+        """Floating-point operations of all blocks in a forward pass, per token.
+
+        Args:
+            sequence_length: Tokens of a sequence, taken as one document.
+        """
+        return sum(
+            mixer.forward_flops(self, sequence_length) + mlp.forward_flops(self, sequence_length)
+            for mixer, mlp in zip(self.mixers(), self.mlps(), strict=True)
+        )
+
     def rotary_dim(self) -> int | None:
         """Channels of a head that rotate; `None` where none do.
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lme_core.architectures.decoder import Block, Decoder
+from lme_core.architectures.decoder import Decoder, MixerBlock
 from lme_core.architectures.decoder_config import DecoderConfig
 from lme_core.architectures.stream import Stream
 from lme_core.layers.auxiliary import Auxiliary
@@ -30,10 +30,10 @@ class GPTBaseConfig(DecoderConfig):
         return Decoder(self, lambda layer: GPTBaseBlock(self, layer, kernels), kernels, seed)
 
 
-class GPTBaseBlock(Block):
+class GPTBaseBlock(MixerBlock):
     """x + mixer(norm(x)), then x + mlp(norm(x)), each addition times `m_residual`."""
 
-    def __init__(self, config: GPTBaseConfig, layer: int, kernels: KernelPolicy) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, kernels: KernelPolicy) -> None:
         """Allocate without initialising.
 
         Args:
@@ -41,12 +41,9 @@ class GPTBaseBlock(Block):
             layer: Index of the layer.
             kernels: Which implementations run.
         """
-        super().__init__()
-        self.residual_scale = 1.0 if config.m_residual is None else config.m_residual
+        super().__init__(config, layer, kernels)
         self.mixer_norm = build_norm(config, config.hidden_size, kernels)
-        self.sequence_mixer = config.mixers()[layer].build(config, layer, kernels)
         self.mlp_norm = build_norm(config, config.hidden_size, kernels)
-        self.mlp = config.mlps()[layer].build(config, layer, kernels)
 
     def forward(
         self, stream: Stream, context: SequenceContext, cache: LayerCache | None
@@ -55,5 +52,4 @@ class GPTBaseBlock(Block):
         mixed = self.sequence_mixer(self.mixer_norm(stream.x), context, cache)
         normalized, x = self.mlp_norm(mixed, stream.x, self.residual_scale)
         y, auxiliary = self.mlp(normalized, context)
-        x = x + (y if self.residual_scale == 1.0 else self.residual_scale * y)
-        return Stream(x), auxiliary
+        return Stream(x + self.scaled(y), stream.carried), auxiliary

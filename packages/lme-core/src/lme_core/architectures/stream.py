@@ -11,8 +11,8 @@ class Stream(NamedTuple):
     x: Tensor
     """Residual stream, shape (B, S, H)."""
     carried: tuple[Tensor, ...] = ()
-    """Tensors of rank 3 or more whose first dims are batch and sequence; which ones, is the
-    architecture's business. All blocks after the first hand on equally many."""
+    """Tensors of rank 3 or more whose first dims are batch and sequence. Which ones, is the
+    architecture's business; between two layers of a model there are always the same."""
 
     def last_token(self) -> "Stream":
         """Return the stream of each row's last token, (B, 1, ...) each."""

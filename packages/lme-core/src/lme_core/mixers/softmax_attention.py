@@ -263,7 +263,7 @@ class SoftmaxAttention(SequenceMixer):
             key, value = cast(AttentionCache, cache).append(key, value)
         attended = self._attend(query, key, value, context)
         if self.config.exclusive_self_attention:
-            attended = _exclude(attended, own_value)
+            attended = without_own_value(attended, own_value)
         if gate:
             gates = gate[0].unflatten(-1, (G, D)).flatten(2, 3)
             attended = attended * torch.sigmoid(gates)
@@ -333,7 +333,7 @@ class SoftmaxAttention(SequenceMixer):
         )
 
 
-def _exclude(attended: Tensor, value: Tensor) -> Tensor:
+def without_own_value(attended: Tensor, value: Tensor) -> Tensor:
     """Remove from each head's output its component along the token's own value.
 
     Args:
