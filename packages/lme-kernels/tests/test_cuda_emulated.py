@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lme_kernels import cuda_driver, device
+from lme_kernels import _cuda_rows, cuda_driver, device
 from lme_kernels.examples import Example, examples_of
 from lme_kernels.functional import ALL_OPS
 from lme_kernels.op import Backend
@@ -91,9 +91,7 @@ class EmulatedDriver:
     def launch(self, function, grid, _, __, x, y, z, shared_bytes, stream, parameters, extra):
         library, name = function
         self.launched.add(name)
-        status = library.emulate(
-            name.encode(), ctypes.c_void_p(parameters), grid, x, y, shared_bytes
-        )
+        status = library.emulate(name.encode(), parameters, grid, x, y, shared_bytes)
         assert status == 0, f"{name}: {status}"
         return 0
 
@@ -112,6 +110,7 @@ def emulated(tmp_path_factory):
     yield driver
     patch.undo()
     cuda_driver.kernel.cache_clear()
+    _cuda_rows._plan.cache_clear()
     for op in OPS:
         op._tables.clear()
 

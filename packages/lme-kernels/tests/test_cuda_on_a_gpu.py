@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from lme_kernels import cuda_driver
+from lme_kernels import _cuda_rows, cuda_driver
 from lme_kernels.functional import (
     continuous_count,
     pack_sequence,
@@ -147,6 +147,7 @@ def test_the_first_launch_may_be_captured():
     gate, up = (torch.randn(64, 512, device="cuda", dtype=torch.float16) for _ in range(2))
     expected = swiglu(gate, up, backend="torch")
     # As in a process that has not launched it: compiled and loaded while the graph is captured.
+    _cuda_rows._plan.cache_clear()
     cuda_driver.kernel.cache_clear()
     cuda_driver._module.cache_clear()
     graph = torch.cuda.CUDAGraph()
@@ -217,7 +218,9 @@ def test_a_launch_that_the_driver_refuses_is_an_error():
     kernel = cuda_driver.kernel(
         "ops/continuous_count/_cuda.cu", "count_global", "PPqii", ("INTEGER=int",), 0
     )
-    with pytest.raises(cuda_driver.CudaDriverError, match="launching `count_global` with 1 blocks of 4096"):
+    with pytest.raises(
+        cuda_driver.CudaDriverError, match="launching `count_global` with 1 blocks of 4096"
+    ):
         kernel(1, (4096, 1), 0, 0, 0, 0, 0)
 
 

@@ -70,10 +70,11 @@ def pack(x: Tensor, cu_seqlens: Tensor, total_tokens: int, left: bool) -> Tensor
         return y
     if x.numel() == 0:
         return y.zero_()
-    if not has_whole_rows(x, 2):
+    if not (x.is_contiguous() or has_whole_rows(x, 2)):
         x = x.contiguous()
     cu_seqlens = cu_seqlens.contiguous()
     size = x.element_size()
+    B, S = x.shape[:2]
     pointers = x.data_ptr(), cu_seqlens.data_ptr(), y.data_ptr()
     strides = x.stride(0) * size, x.stride(1) * size, y.numel() // total_tokens * size
     unit = _unit(pointers[0], pointers[2], *strides)
@@ -81,8 +82,7 @@ def pack(x: Tensor, cu_seqlens: Tensor, total_tokens: int, left: bool) -> Tensor
         "pack", "PPPqqqqqIii", unit, total_tokens, strides[2] // unit, cu_seqlens
     )
     units = (each // unit for each in strides)
-    shape = (total_tokens, x.shape[1], parts, x.shape[0], left)
-    launch(grid, (THREADS, 1), *pointers, *units, *shape)
+    launch(grid, (THREADS, 1), *pointers, *units, total_tokens, S, parts, B, left)
     return y
 
 
@@ -99,14 +99,14 @@ def _unpack_fake(
 )
 def unpack(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, left: bool, pad_value: float) -> Tensor:
     """Launch the kernel: shape (T, ...) to (B, max_seqlen, ...), pads included."""
-    rows = (cu_seqlens.shape[0] - 1) * max_seqlen
-    shape = (cu_seqlens.shape[0] - 1, max_seqlen, *x.shape[1:])
-    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    B = cu_seqlens.shape[0] - 1
+    rows = B * max_seqlen
+    y = torch.empty((B, max_seqlen, *x.shape[1:]), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     if x.numel() == 0:
         return y.fill_(pad_value)
-    if not has_whole_rows(x, 1):
+    if not (x.is_contiguous() or has_whole_rows(x, 1)):
         x = x.contiguous()
     cu_seqlens = cu_seqlens.contiguous()
     size = x.element_size()

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lme_kernels.cuda_driver import kernel
+from lme_kernels.cuda_driver import Kernel, kernel
 from lme_kernels.tuning import ceil_div, next_power_of_two
 
 # What `cuda_elements.cuh` calls the dtypes.
@@ -29,7 +30,7 @@ def why_not(*tensors: Tensor) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowKernel:
     """A kernel over rows, in two variants: `<name>_vectors` and `<name>_elements`."""
 
@@ -56,25 +57,42 @@ class RowKernel:
         first = tensors[0]
         size = first.element_size()
         pointers = [each.data_ptr() for each in tensors]
-        misaligned = 0
+        widest = max(self.alignments)
+        bits = 0
         for pointer, alignment in zip(pointers, self.alignments, strict=True):
-            misaligned |= pointer % alignment
+            bits |= pointer * (widest // alignment)
         for stride in strides:
-            misaligned |= stride * size % max(self.alignments)
-        if misaligned:
-            variant, count, steps = "elements", 1, 8
-        else:
-            variant, count, steps = "vectors", min(self.alignments) // size, self.steps
-        vectors = ceil_div(columns, count)
-        width = min(THREADS, next_power_of_two(ceil_div(vectors, steps)))
-        height = min(THREADS // width, next_power_of_two(rows))
-        blocks = ceil_div(vectors, width * steps)
-        launch = kernel(
-            self.file,
-            f"{self.name}_{variant}",
-            "P" * len(pointers) + "q" * (len(strides) + 2) + "I",
-            (f"ELEMENT={ELEMENTS[first.dtype]}",),
-            first.get_device(),
+            bits |= stride * size
+        launch, grid, block, blocks = _plan(
+            self, first.dtype, bits % widest == 0, len(strides), rows, columns, first.get_device()
         )
-        grid = ceil_div(rows, height) * blocks
-        launch(grid, (width, height), *pointers, *strides, rows, columns, blocks)
+        launch(grid, block, *pointers, *strides, rows, columns, blocks)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    kernels: RowKernel,
+    dtype: torch.dtype,
+    aligned: bool,
+    num_strides: int,
+    rows: int,
+    columns: int,
+    device: int,
+) -> tuple[Kernel, int, tuple[int, int], int]:
+    """Kernel to launch, its blocks, the threads of a block, and the blocks of a row."""
+    if aligned:
+        variant, count, steps = "vectors", min(kernels.alignments) // dtype.itemsize, kernels.steps
+    else:
+        variant, count, steps = "elements", 1, 8
+    vectors = ceil_div(columns, count)
+    width = min(THREADS, next_power_of_two(ceil_div(vectors, steps)))
+    height = min(THREADS // width, next_power_of_two(rows))
+    blocks = ceil_div(vectors, width * steps)
+    launch = kernel(
+        kernels.file,
+        f"{kernels.name}_{variant}",
+        "P" * len(kernels.alignments) + "q" * (num_strides + 2) + "I",
+        (f"ELEMENT={ELEMENTS[dtype]}",),
+        device,
+    )
+    return launch, ceil_div(rows, height) * blocks, (width, height), blocks

@@ -23,9 +23,9 @@ class Driver:
     def __init__(self, library: Any) -> None:
         """Keep the loaded library, a `ctypes.CDLL` or what stands for it in a test."""
         self._library = library
+        # Without `argtypes`, whose conversions take longer than the launch: pointers are given as
+        # objects of ctypes, numbers have 32 bits.
         self.launch = library.cuLaunchKernel
-        pointer, number = ctypes.c_void_p, ctypes.c_uint
-        self.launch.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
 
     def check(self, status: int, what: str) -> None:
         """Raise if a call failed.
@@ -143,14 +143,14 @@ class Kernel:
         buffer = self._buffer()
         base = ctypes.addressof(buffer)
         self._pack(buffer, 0, *map(base.__add__, self._offsets), *arguments)
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         launch = self._driver.launch
         shape = (grid, 1, 1, block[0], block[1], 1, shared_bytes)
-        status = launch(self._function, *shape, stream, base, None)
+        status = launch(self._function, *shape, stream, buffer, None)
         if status == INVALID_CONTEXT:
             # A thread in which the runtime has not done anything yet.
             self._driver.bind_context(self._device)
-            status = launch(self._function, *shape, stream, base, None)
+            status = launch(self._function, *shape, stream, buffer, None)
         if status != 0:
             self._driver.check(
                 status,
