@@ -69,8 +69,8 @@ def _scores_kernel(
     key = load_columns(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K).to(tl.float32)
     column = tl.arange(0, C)[None, :]
     until = load_channels(own, column, channel[:, None], K)
-    key *= tl.exp2(tl.where(column < begin, anchor[:, None] - until, -float("inf")))
-    ours = (query * tl.exp2(reached - anchor[None, :])).to(dtype)
+    key *= tl.exp(tl.where(column < begin, anchor[:, None] - until, -float("inf")))
+    ours = (query * tl.exp(reached - anchor[None, :])).to(dtype)
     scores = tl.dot(ours, key.to(dtype), input_precision=PRECISION)
     for each in range(16):
         other = begin + each
@@ -78,7 +78,7 @@ def _scores_kernel(
         here = (channel < K) & (channel * 0 + other < length)
         one = tl.load(key_ptrs, mask=here, other=0.0).to(tl.float32)
         gap = reached - load_channels(own, other, channel, K)[None, :]
-        pairs = tl.sum(query * one[None, :] * tl.exp2(tl.minimum(gap, 0.0)), axis=1)
+        pairs = tl.sum(query * one[None, :] * tl.exp(tl.minimum(gap, 0.0)), axis=1)
         seen = row >= other if INCLUSIVE else row > other
         scores = tl.where((column == other) & seen, pairs[:, None], scores)
     store_rows(scores_ptr, scores, (slot * N + head) * C + begin, 16, C, 0, 16, C, C)
@@ -166,18 +166,18 @@ def _of_part(
     before = load_channels(own, begin - 1, channel, K)
     key = load_rows(key_ptr, start, length, key_stride, first, C, K, BLOCK_K).to(tl.float32)
     gap = before - load_channels(own, every, channel, K)
-    key *= tl.exp2(tl.where(every < begin, gap, -float("inf")))
+    key *= tl.exp(tl.where(every < begin, gap, -float("inf")))
     grads = tl.load(grad_ptr + row * C + tl.arange(0, C)[None, :])
     grad_query = tl.dot(grads, key.to(dtype), input_precision=PRECISION)
-    grad_query *= tl.exp2(reached - before)
+    grad_query *= tl.exp(reached - before)
     # Queries after the 16, as they see the last of them.
     after = load_channels(own, begin + 15, channel, K)
     query = load_rows(query_ptr, start, length, query_stride, first, C, K, BLOCK_K).to(tl.float32)
     gap = load_channels(own, every if INCLUSIVE else every - 1, channel, K) - after
-    query *= tl.exp2(tl.where(every >= begin + 16, gap, -float("inf")))
+    query *= tl.exp(tl.where(every >= begin + 16, gap, -float("inf")))
     grads = tl.load(grad_ptr + tl.arange(0, C)[None, :] * C + row)
     grad_key = tl.dot(grads, query.to(dtype), input_precision=PRECISION)
-    grad_key *= tl.exp2(after - until)
+    grad_key *= tl.exp(after - until)
     for each in range(16):
         other = begin + each
         token, here = start + other, (channel < K) & (channel * 0 + other < length)
@@ -185,13 +185,13 @@ def _of_part(
         its_query = tl.load(query_ptr + token * query_stride + channel, mask=here, other=0.0)
         seen = row >= other if INCLUSIVE else row > other
         grad = tl.load(grad_ptr + row * C + other).to(tl.float32)
-        gap = tl.minimum(reached - load_channels(own, other, channel, K), 0.0)
-        grad_query += tl.where(seen, grad, 0.0) * its_key.to(tl.float32) * tl.exp2(gap)
+        kept = tl.exp(tl.minimum(reached - load_channels(own, other, channel, K), 0.0))
+        grad_query += tl.where(seen, grad, 0.0) * its_key.to(tl.float32) * kept
         sees = other >= row if INCLUSIVE else other > row
         grad = tl.load(grad_ptr + other * C + row).to(tl.float32)
-        gap = load_channels(own, other if INCLUSIVE else other - 1, channel, K) - until
-        gap = tl.minimum(gap, 0.0)
-        grad_key += tl.where(sees, grad, 0.0) * its_query.to(tl.float32) * tl.exp2(gap)
+        its_reach = load_channels(own, other if INCLUSIVE else other - 1, channel, K)
+        kept = tl.exp(tl.minimum(its_reach - until, 0.0))
+        grad_key += tl.where(sees, grad, 0.0) * its_query.to(tl.float32) * kept
     return grad_query, grad_key
 
 
@@ -241,10 +241,10 @@ def _channel_gradients_kernel(
     channel = first + tl.arange(0, BLOCK_K)
     # What the decay of any token acts on: the state before the chunk, and keys that reach its end,
     # of which those from the token on are taken off.
-    key = load_rows(key_ptr, start, length, key_stride, first, C, K, BLOCK_K)
-    through = load_rows(through_key_ptr, start, length, N * K, first, C, K, BLOCK_K)
+    keys = load_rows(key_ptr, start, length, key_stride, first, C, K, BLOCK_K)
+    grad_keys = load_rows(through_key_ptr, start, length, N * K, first, C, K, BLOCK_K)
     total = tl.load(kept_ptr + (slot * N + head) * K + channel, mask=channel < K, other=0.0)
-    total += tl.sum(key.to(tl.float32) * through.to(tl.float32), axis=0)
+    total += tl.sum(keys.to(tl.float32) * grad_keys.to(tl.float32), axis=0)
     for step in range(C // 16):
         begin = C - 16 - step * 16
         left = length - begin

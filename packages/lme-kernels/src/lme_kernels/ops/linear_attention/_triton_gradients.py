@@ -92,16 +92,16 @@ def _gradients_kernel(
         row, channel = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
         own = decay_ptr + (slot * N + head) * (C * K)
         last = load_channels(own, C - 1, channel, K)
-        left_over = tl.exp2(last - load_channels(own, row, channel, K))
-        read = tl.exp2(load_channels(own, row if INCLUSIVE else row - 1, channel, K)) * scale
+        left_over = tl.exp(last - load_channels(own, row, channel, K))
+        read = tl.exp(load_channels(own, row if INCLUSIVE else row - 1, channel, K)) * scale
         kept_key = (key.to(tl.float32) * left_over).to(key.dtype)
         passed = load_columns(scores_ptr, (slot * N + head) * C, C, C, 0, C, C, C)
     else:
         left_over, read = 1.0, scale
         if DECAY == 1:
             until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-            left_over = tl.exp2(last - until)[:, None]
-            read = (tl.exp2(reached) * scale)[:, None]
+            left_over = tl.exp(last - until)[:, None]
+            read = (tl.exp(reached) * scale)[:, None]
         kept_key = key
         passed = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         passed = weigh_scores(passed, until, reached, weight, C, DECAY, False, INCLUSIVE, True)
@@ -149,14 +149,14 @@ def _gradients_kernel(
         grad_scores = weigh_scores(grad_scores, 0.0, 0.0, 0.0, C, 0, False, INCLUSIVE, False)
         store_rows(grad_scores_ptr, grad_scores, (slot * N + head) * C, C, C, 0, C, C, C)
         channel = tl.arange(0, BLOCK_K)
-        kept *= tl.exp2(load_channels(own, C - 1, channel, K))
+        kept *= tl.exp(load_channels(own, C - 1, channel, K))
         tl.store(kept_ptr + (slot * N + head) * K + channel, kept, mask=channel < K)
     else:
         # What the decay of any token of the chunk acts on: the state before it, and keys that
         # reach its end, of which those from the token on are taken off.
         total = 0.0
         if DECAY == 1:
-            total = tl.exp2(last) * tl.sum(kept) + tl.sum(grad_key * key.to(tl.float32))
+            total = tl.exp(last) * tl.sum(kept) + tl.sum(grad_key * key.to(tl.float32))
         grad_scores = weigh_scores(
             grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
         ).to(query.dtype)

@@ -41,13 +41,13 @@ def weigh_scores(
     if TRANSPOSED:
         seen = row <= column if INCLUSIVE else row < column
         if DECAY == 1:
-            scores *= tl.exp2(tl.where(seen, reached[None, :] - until[:, None], 0.0))
+            scores *= tl.exp(tl.where(seen, reached[None, :] - until[:, None], 0.0))
         if HAS_FACTOR:
             scores *= weight[:, None]
     else:
         seen = row >= column if INCLUSIVE else row > column
         if DECAY == 1:
-            scores *= tl.exp2(tl.where(seen, reached[:, None] - until[None, :], 0.0))
+            scores *= tl.exp(tl.where(seen, reached[:, None] - until[None, :], 0.0))
         if HAS_FACTOR:
             scores *= weight[None, :]
     return tl.where(seen, scores, 0.0)
@@ -115,7 +115,7 @@ def _outputs_kernel(
         row, channel = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
         own = decay_ptr + (slot * N + head) * (C * K)
         reached = load_channels(own, row if INCLUSIVE else row - 1, channel, K)
-        query = (query.to(tl.float32) * (tl.exp2(reached) * scale)).to(query.dtype)
+        query = (query.to(tl.float32) * (tl.exp(reached) * scale)).to(query.dtype)
         scores = load_rows(scores_ptr, (slot * N + head) * C, C, C, 0, C, C, C)
         y = tl.dot(query, state, input_precision=PRECISION)
         scale = 1.0
@@ -126,7 +126,7 @@ def _outputs_kernel(
         until, reached, weight = 0.0, 0.0, 0.0
         if DECAY == 1:
             until, reached, _ = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-            y *= tl.exp2(reached)[:, None]
+            y *= tl.exp(reached)[:, None]
         if HAS_FACTOR:
             weight = tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
         scores = weigh_scores(
@@ -203,9 +203,9 @@ def _walk_kernel(
             weight = tl.load(own + tl.arange(0, C))
         if DECAY == 1:
             until, reached, last = head_decay(decay_ptr, head, base + place, count, C, INCLUSIVE)
-            y *= tl.exp2(reached)[:, None]
-            state *= tl.exp2(last)
-            left_over = tl.exp2(last - until)
+            y *= tl.exp(reached)[:, None]
+            state *= tl.exp(last)
+            left_over = tl.exp(last - until)
             if HAS_FACTOR:
                 left_over *= weight
             kept = (key.to(tl.float32) * left_over[None, :]).to(value.dtype)

@@ -64,7 +64,7 @@ def _decay_kernel(
     here = (head < N)[None, :]
     if HAS_DECAY:
         step = load_rows(log_decay_ptr, start, length, decay_stride, first, C, N, BLOCK)
-        until = tl.cumsum(step.to(tl.float32), axis=0) * 1.4426950408889634
+        until = tl.cumsum(step.to(tl.float32), axis=0)
         tl.store(decay_ptr + offset, until, mask=here)
     if HAS_FACTOR:
         weight = load_rows(factor_ptr, start, length, factor_stride, first, C, N, BLOCK)
@@ -93,7 +93,7 @@ def _channel_decay_kernel(
     start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
     own = log_decay_ptr + head.to(tl.int64) * head_stride
     step = load_rows(own, start, length, stride, first, C, K, BLOCK)
-    until = tl.cumsum(step.to(tl.float32), axis=0) * 1.4426950408889634
+    until = tl.cumsum(step.to(tl.float32), axis=0)
     store_rows(decay_ptr, until, (slot * N + head) * C, C, K, first, C, K, BLOCK)
 
 
@@ -105,7 +105,7 @@ def sum_channel_decays(log_decay: Tensor, slots: Slots) -> Tensor:
         slots: The chunks.
 
     Returns:
-        Sums up to each token, to base 2: float32, shape (slots, N, chunk, K).
+        Sums up to each token: float32, shape (slots, N, chunk, K).
     """
     N, K = log_decay.shape[-2:]
     decay = log_decay.new_empty((slots.count, N, slots.chunk, K), dtype=torch.float32)
@@ -142,7 +142,7 @@ def sum_decays(
         slots: The chunks.
 
     Returns:
-        Sums of `log_decay` up to each token, to base 2, and the factors, 0 past the last token:
+        Sums of `log_decay` up to each token, and the factors, 0 past the last token:
         float32, shape (N, slots, chunk).
     """
     given = log_decay if log_decay is not None else factor
@@ -306,8 +306,8 @@ def _states_kernel(
             left, last = _kept(
                 decay_ptr, head, slot, count, first_key, N, K, DECAY, REVERSE, INCLUSIVE, C, BLOCK_K
             )
-            weight = weight * tl.exp2(left)
-            state *= tl.exp2(last)
+            weight = weight * tl.exp(left)
+            state *= tl.exp(last)
         if DECAY != 0 or HAS_FACTOR:
             key = (key.to(tl.float32) * weight).to(value.dtype)
             state += tl.dot(key, value, input_precision=PRECISION)
