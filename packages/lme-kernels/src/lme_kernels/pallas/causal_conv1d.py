@@ -112,8 +112,7 @@ def _check(
     return sequences
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _convolve(
+def _convolve_primal(
     x: Array, before: Array, taps: Array, bias: Array, silu: bool, interpret: bool
 ) -> Array:
     """Convolve (B, S, C) after (B, W - 1, C) with taps (W, C) and bias (1, C)."""
@@ -132,7 +131,7 @@ def _convolve(
 def _convolve_forward(
     x: Array, before: Array, taps: Array, bias: Array, silu: bool, interpret: bool
 ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    return _convolve(x, before, taps, bias, silu, interpret), (x, before, taps, bias)
+    return _convolve_primal(x, before, taps, bias, silu, interpret), (x, before, taps, bias)
 
 
 def _convolve_backward(
@@ -169,6 +168,7 @@ def _convolve_backward(
     return grad_x, grad_before, grad_taps.astype(taps.dtype), grad_bias.astype(bias.dtype)
 
 
+_convolve = jax.custom_vjp(_convolve_primal, nondiff_argnums=(4, 5))
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
@@ -204,7 +204,7 @@ class _Cut:
         """Block of an array with the channels last and few rows."""
         return pl.BlockSpec((x.shape[0], self._channels), lambda c, b, s: (0, c))
 
-    def extended(self, edges: int) -> pltpu.VMEM:
+    def extended(self, edges: int) -> pl.MemoryRef:
         """Space for a block's tokens and those at one or both edges."""
         return pltpu.VMEM((self._size + edges * self._margin, self._channels), self._compute)
 
@@ -298,8 +298,8 @@ def _backward_kernel(
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _() -> None:
-        grad_taps_ref[...] = jnp.zeros_like(grad_taps_ref)
-        grad_bias_ref[...] = jnp.zeros_like(grad_bias_ref)
+        grad_taps_ref[...] = jnp.zeros(grad_taps_ref.shape, compute)
+        grad_bias_ref[...] = jnp.zeros(grad_bias_ref.shape, compute)
 
     grad = grad_ref[pl.ds(0, size)]
     for j in range(W):

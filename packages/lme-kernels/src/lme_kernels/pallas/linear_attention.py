@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lme_kernels.pallas.blocks import compute_dtype, resolve_interpret
-from lme_kernels.pallas.linear_attention_chunks import Walk, attend_chunks
+from lme_kernels.pallas.linear_attention_chunks import Order, Tokens, Walk, attend_chunks
 from lme_kernels.pallas.packing import check_cu_seqlens, sequence_ids
 
 # The products of a chunk have an extra dimension when each channel decays by itself.
@@ -77,11 +77,7 @@ def linear_attention(
             log_decay = jnp.zeros((*tokens, N), compute)
         per_channel = log_decay.ndim == query.ndim
         size = min(chunk_size, CHANNEL_CHUNK) if per_channel else chunk_size
-        cut = (
-            _cut_rows(*tokens, size)
-            if cu_seqlens is None
-            else _cut_packed(cu_seqlens, *tokens, size)
-        )
+        cut = _cut(query, cu_seqlens, size)
         step = cut.split(log_decay.astype(compute))
         # One a head: a row, (chunks, N, 1, size). One a channel: (chunks, N, size, K).
         step = step if per_channel else step[:, :, None]
@@ -93,15 +89,9 @@ def linear_attention(
             per_channel=per_channel,
             interpret=resolve_interpret(interpret),
         )
-        y, final = attend_chunks(
-            *(cut.split(each) for each in inputs.values()),
-            reached,
-            until,
-            initial,
-            cut.owner,
-            cut.place,
-            walk,
-        )
+        q, k, v = (cut.split(each) for each in (query, key, value))
+        chunks = Tokens(q, k, v, reached, until)
+        y, final = attend_chunks(chunks, initial, cut.order, walk)
         y = cut.merge(y)
     final = final.astype(query.dtype if initial_state is None else initial_state.dtype)
     return (y, final) if return_final_state else y
@@ -110,11 +100,9 @@ def linear_attention(
 class _Chunks(NamedTuple):
     """Which tokens each chunk has; chunks of a sequence follow each other."""
 
-    owner: Array
-    """Sequence of each chunk, shape (chunks,), int32; the number of sequences if it has no token."""
-    place: Array
-    """Number of chunks of the same sequence before it, shape (chunks,), int32."""
-    index: Array | None
+    order: Order
+    """Sequences of the chunks."""
+    token: Array | None
     """Token at each place of each chunk, shape (chunks, size); the number of tokens if none. `None`
     if the sequences are rows."""
     origin: Array | None
@@ -126,13 +114,13 @@ class _Chunks(NamedTuple):
 
     def split(self, x: Array) -> Array:
         """Cut (*tokens, heads, ...) to (chunks, heads, size, ...), zeros where no token is."""
-        if self.index is None:
+        if self.token is None:
             B, S = self.tokens
-            pads = self.owner.shape[0] // B * self.size - S
+            pads = self.order.owner.shape[0] // B * self.size - S
             x = jnp.pad(x, ((0, 0), (0, pads), *((0, 0) for _ in x.shape[2:])))
-            x = x.reshape(self.owner.shape[0], self.size, *x.shape[2:])
+            x = x.reshape(self.order.owner.shape[0], self.size, *x.shape[2:])
         else:
-            x = jnp.concatenate((x, jnp.zeros((1, *x.shape[1:]), x.dtype)))[self.index]
+            x = jnp.concatenate((x, jnp.zeros((1, *x.shape[1:]), x.dtype)))[self.token]
         return jnp.moveaxis(x, 2, 1)
 
     def merge(self, y: Array) -> Array:
@@ -144,13 +132,17 @@ class _Chunks(NamedTuple):
         return y.reshape(B, -1, *y.shape[2:])[:, :S]
 
 
-def _cut_rows(B: int, S: int, size: int) -> _Chunks:
+def _cut(x: Array, cu_seqlens: Array | None, size: int) -> _Chunks:
+    if cu_seqlens is not None:
+        return _cut_packed(x, cu_seqlens, size)
+    B, S = x.shape[:2]
     count = -(-S // size)
     chunk = jnp.arange(B * count, dtype=jnp.int32)
-    return _Chunks(chunk // count, chunk % count, None, None, (B, S), size)
+    return _Chunks(Order(chunk // count, chunk % count), None, None, (B, S), size)
 
 
-def _cut_packed(cu_seqlens: Array, T: int, size: int) -> _Chunks:
+def _cut_packed(x: Array, cu_seqlens: Array, size: int) -> _Chunks:
+    T = x.shape[0]
     offsets = cu_seqlens.astype(jnp.int32)
     counts = (jnp.diff(offsets) + size - 1) // size
     first = jnp.concatenate((jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)))
@@ -165,7 +157,7 @@ def _cut_packed(cu_seqlens: Array, T: int, size: int) -> _Chunks:
     token_owner = sequence_ids(offsets, T)
     token = jnp.arange(T, dtype=jnp.int32)
     origin = first[token_owner] * size + token - offsets[token_owner]
-    return _Chunks(owner, place, index, origin, (T,), size)
+    return _Chunks(Order(owner, place), index, origin, (T,), size)
 
 
 def _check(

@@ -37,63 +37,91 @@ class Walk(NamedTuple):
     """Whether the kernels are interpreted."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(8,))
-def attend_chunks(
-    query: Array,
-    key: Array,
-    value: Array,
-    reached: Array,
-    until: Array,
-    initial: Array,
-    owner: Array,
-    place: Array,
-    walk: Walk,
-) -> tuple[Array, Array]:
-    """Compute all chunks of all sequences.
+class Tokens(NamedTuple):
+    """The tokens of all sequences in chunks, those of a sequence one after the other."""
+
+    query: Array
+    """Shape (chunks, heads, C, K), zeros where there is no token."""
+    key: Array
+    """Shape (chunks, heads, C, K), dtype of `query`."""
+    value: Array
+    """Shape (chunks, heads, C, V), dtype of `query`."""
+    reached: Array
+    """Sum of the log decays in the chunk that what a token reads has seen, shape (chunks, N, 1, C),
+    one a head, or (chunks, N, C, K), in at least float32."""
+    until: Array
+    """The sum up to and with each token, in the same way."""
+
+
+class Order(NamedTuple):
+    """Which sequence each chunk belongs to."""
+
+    owner: Array
+    """Sequence of each chunk, shape (chunks,), int32; the number of sequences for chunks without
+    tokens, which come last."""
+    place: Array
+    """Number of chunks of the same sequence before it, shape (chunks,), int32."""
+
+
+def attend_chunks(tokens: Tokens, initial: Array, order: Order, walk: Walk) -> tuple[Array, Array]:
+    """Compute all chunks of all sequences; can be differentiated.
 
     Args:
-        query: Shape (chunks, heads, C, K), zeros where there is no token.
-        key: Shape (chunks, heads, C, K), dtype of `query`.
-        value: Shape (chunks, heads, C, V), dtype of `query`.
-        reached: Sum of the log decays in the chunk that what a token reads has seen, shape
-            (chunks, N, 1, C), one a head, or (chunks, N, C, K), in at least float32.
-        until: The sum up to and with each token, in the same way.
+        tokens: Tokens and decays in chunks.
         initial: State before each sequence, shape (sequences, N, K, V).
-        owner: Sequence of each chunk, shape (chunks,), int32; the number of sequences for chunks
-            without tokens, which come last. Chunks of a sequence follow each other.
-        place: Number of chunks of the same sequence before it, shape (chunks,), int32.
+        order: Sequences of the chunks.
         walk: Options.
 
     Returns:
-        What the tokens read, shape (chunks, N, C, V), dtype of `query`, and the state after each
+        What the tokens read, shape (chunks, N, C, V), dtype of the query, and the state after each
         sequence, shape (sequences, N, K, V), in at least float32.
     """
-    y, final, _ = _run_forward(query, key, value, reached, until, initial, owner, place, walk)
+    return _attend(tokens, initial, order, walk)
+
+
+def _attend_primal(tokens: Tokens, initial: Array, order: Order, walk: Walk) -> tuple[Array, Array]:
+    y, final, _ = _run_forward(tokens, initial, order, walk)
     return y, final
 
 
-def _attend_forward(*arguments):
-    y, final, before = _run_forward(*arguments)
-    return (y, final), (*arguments[:-1], before)
+class _Saved(NamedTuple):
+    tokens: Tokens
+    initial: Array
+    order: Order
+    before: Array
+    """State before each chunk, shape (chunks, N, K, V)."""
 
 
-def _attend_backward(walk: Walk, saved: tuple[Array, ...], grads: tuple[Array, Array]):
-    *inputs, owner, place, before = saved
-    gradients = _run_backward(*inputs, owner, place, before, *grads, walk)
+def _attend_forward(
+    tokens: Tokens, initial: Array, order: Order, walk: Walk
+) -> tuple[tuple[Array, Array], _Saved]:
+    y, final, before = _run_forward(tokens, initial, order, walk)
+    return (y, final), _Saved(tokens, initial, order, before)
+
+
+def _attend_backward(
+    walk: Walk, saved: _Saved, grads: tuple[Array, Array]
+) -> tuple[Tokens, Array, None]:
+    gradients, grad_initial = _run_backward(saved, *grads, walk)
     # The sequence and place of a chunk are integers and have none.
-    return (*gradients, None, None)
+    return gradients, grad_initial, None
 
 
-attend_chunks.defvjp(_attend_forward, _attend_backward)
+_attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(3,))
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _blocks(x: Array, N: int, chunk: Callable[[Array, int], Array]) -> pl.BlockSpec:
+def _blocks(
+    x: Array | jax.ShapeDtypeStruct, N: int, chunk: Callable[[Array], Array]
+) -> pl.BlockSpec:
     """The part of (chunks, heads, rows, columns) for one chunk and one of N heads."""
-    # `//` rounds down, which asks what TPU there is when it is lowered.
     group = N // x.shape[1]
-    return pl.BlockSpec(
-        (1, 1, *x.shape[2:]), lambda n, m, owner, place: (chunk(m), jax.lax.div(n, group), 0, 0)
-    )
+
+    def index(n: Array, m: Array, owner: Ref, place: Ref) -> tuple[Array | int, ...]:
+        # `//` rounds down, which asks what TPU there is when it is lowered.
+        return chunk(m), jax.lax.div(n, n.dtype.type(group)), 0, 0
+
+    return pl.BlockSpec((1, 1, *x.shape[2:]), index)
 
 
 def _empty(owner: Array, sequences: int) -> Array:
@@ -107,74 +135,75 @@ def _with_spare(states: Array) -> Array:
     return jnp.concatenate((states, jnp.zeros((1, *states.shape[1:]), states.dtype)))
 
 
-def _run_forward(query, key, value, reached, until, initial, owner, place, walk):
-    M, _, C, K = query.shape
-    sequences, N, _, V = initial.shape
-    compute = compute_dtype(query.dtype)
+def _run_forward(
+    tokens: Tokens, initial: Array, order: Order, walk: Walk
+) -> tuple[Array, Array, Array]:
+    """Return what tokens read, the final states, and the states before chunks."""
+    M, _, C, _ = tokens.query.shape
+    sequences, N, K, V = initial.shape
+    compute = compute_dtype(tokens.query.dtype)
+
+    def same(m: Array) -> Array:
+        return m
+
     state = pl.BlockSpec((1, 1, K, V), lambda n, m, owner, place: (owner[m], n, 0, 0))
-    at_chunk = pl.BlockSpec((1, 1, K, V), lambda n, m, owner, place: (m, n, 0, 0))
-    out_y = jax.ShapeDtypeStruct((M, N, C, V), query.dtype)
-    arrays = (query, key, value, reached, until)
+    out_y = jax.ShapeDtypeStruct((M, N, C, V), tokens.query.dtype)
+    out_before = jax.ShapeDtypeStruct((M, N, K, V), compute)
     y, final, before = pl.pallas_call(
         partial(_forward_kernel, walk=walk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(N, M),
-            in_specs=[*(_blocks(each, N, lambda m: m) for each in arrays), state],
-            out_specs=[_blocks(out_y, N, lambda m: m), state, at_chunk],
+            in_specs=[*(_blocks(each, N, same) for each in tokens), state],
+            out_specs=[_blocks(out_y, N, same), state, _blocks(out_before, N, same)],
             scratch_shapes=[pltpu.VMEM((K, V), compute)],
         ),
-        out_shape=[
-            out_y,
-            jax.ShapeDtypeStruct((sequences + 1, N, K, V), compute),
-            jax.ShapeDtypeStruct((M, N, K, V), compute),
-        ],
+        out_shape=[out_y, jax.ShapeDtypeStruct((sequences + 1, N, K, V), compute), out_before],
         interpret=walk.interpret,
-    )(owner, place, *arrays, _with_spare(initial))
-    final = jnp.where(_empty(owner, sequences), initial.astype(compute), final[:-1])
+    )(*order, *tokens, _with_spare(initial))
+    final = jnp.where(_empty(order.owner, sequences), initial.astype(compute), final[:-1])
     return y, final, before
 
 
 def _run_backward(
-    query, key, value, reached, until, initial, owner, place, before, grad_y, grad_final, walk
-):
-    M, _, C, K = query.shape
-    sequences, N, _, V = initial.shape
-    compute = compute_dtype(query.dtype)
+    saved: _Saved, grad_y: Array, grad_final: Array, walk: Walk
+) -> tuple[Tokens, Array]:
+    """Return the gradients of the tokens and of the initial states."""
+    tokens, order = saved.tokens, saved.order
+    M = order.owner.shape[0]
+    sequences, N, K, V = saved.initial.shape
+    compute = compute_dtype(tokens.query.dtype)
 
-    def backwards(m):
+    def backwards(m: Array) -> Array:
         return M - 1 - m
 
     state = pl.BlockSpec((1, 1, K, V), lambda n, m, owner, place: (owner[M - 1 - m], n, 0, 0))
-    arrays = (query, key, value, reached, until)
     # A gradient a head; those of shared heads are summed afterwards.
     outputs = [
         jax.ShapeDtypeStruct((M, N, *each.shape[2:]), each.dtype if each.shape[1] == N else compute)
-        for each in arrays
+        for each in tokens
     ]
+    inputs = (*tokens, saved.before, grad_y)
     *gradients, grad_initial = pl.pallas_call(
         partial(_backward_kernel, walk=walk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(N, M),
-            in_specs=[
-                *(_blocks(each, N, backwards) for each in (*arrays, before, grad_y)),
-                state,
-            ],
+            in_specs=[*(_blocks(each, N, backwards) for each in inputs), state],
             out_specs=[*(_blocks(each, N, backwards) for each in outputs), state],
             scratch_shapes=[pltpu.VMEM((K, V), compute)],
         ),
         out_shape=[*outputs, jax.ShapeDtypeStruct((sequences + 1, N, K, V), compute)],
         interpret=walk.interpret,
-    )(owner, place, *arrays, before, grad_y, _with_spare(grad_final))
-    gradients = [
-        each.reshape(M, x.shape[1], -1, *x.shape[2:]).sum(2).astype(x.dtype)
-        if each.shape != x.shape
-        else each
-        for each, x in zip(gradients, arrays, strict=True)
+    )(*order, *inputs, _with_spare(grad_final))
+    summed = [
+        each
+        if each.shape == x.shape
+        else each.reshape(M, x.shape[1], -1, *x.shape[2:]).sum(2).astype(x.dtype)
+        for each, x in zip(gradients, tokens, strict=True)
     ]
-    grad_initial = jnp.where(_empty(owner, sequences), grad_final, grad_initial[:-1])
-    return (*gradients, grad_initial.astype(initial.dtype))
+    grad_initial = jnp.where(_empty(order.owner, sequences), grad_final, grad_initial[:-1])
+    return Tokens(*summed), grad_initial.astype(saved.initial.dtype)
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

@@ -42,8 +42,7 @@ def rmsnorm(
     return _rmsnorm(x.reshape(-1, H), scale, eps, resolve_interpret(interpret)).reshape(x.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _rmsnorm(x: Array, weight: Array, eps: float, interpret: bool) -> Array:
+def _rmsnorm_primal(x: Array, weight: Array, eps: float, interpret: bool) -> Array:
     rows, whole, block = _specs(x, 2)
     return pl.pallas_call(
         partial(_forward_kernel, eps=eps),
@@ -58,7 +57,7 @@ def _rmsnorm(x: Array, weight: Array, eps: float, interpret: bool) -> Array:
 def _rmsnorm_forward(
     x: Array, weight: Array, eps: float, interpret: bool
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _rmsnorm(x, weight, eps, interpret), (x, weight)
+    return _rmsnorm_primal(x, weight, eps, interpret), (x, weight)
 
 
 def _rmsnorm_backward(
@@ -80,6 +79,7 @@ def _rmsnorm_backward(
     return grad_x, grad_weight.astype(weight.dtype)
 
 
+_rmsnorm = jax.custom_vjp(_rmsnorm_primal, nondiff_argnums=(2, 3))
 _rmsnorm.defvjp(_rmsnorm_forward, _rmsnorm_backward)
 
 
@@ -125,7 +125,7 @@ def _backward_kernel(
 
     @pl.when(block == 0)
     def _() -> None:
-        grad_weight_ref[...] = jnp.zeros_like(grad_weight_ref)
+        grad_weight_ref[...] = jnp.zeros(grad_weight_ref.shape, compute)
 
     # Blocks follow each other on one core, so that the sum may stay on chip.
     grad_weight_ref[...] += jnp.sum(grad_y * normal, axis=0, keepdims=True)

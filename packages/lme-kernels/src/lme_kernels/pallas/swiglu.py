@@ -1,7 +1,6 @@
 """Gated linear unit with SiLU in Pallas."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 from jax import Array, Ref
@@ -39,13 +38,12 @@ def swiglu(gate: Array, up: Array, *, interpret: bool | None = None) -> Array:
     return y.reshape(gate.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _swiglu(gate: Array, up: Array, interpret: bool) -> Array:
+def _swiglu_primal(gate: Array, up: Array, interpret: bool) -> Array:
     return _launch(_forward_kernel, (gate, up), 1, interpret)[0]
 
 
 def _swiglu_forward(gate: Array, up: Array, interpret: bool) -> tuple[Array, tuple[Array, Array]]:
-    return _swiglu(gate, up, interpret), (gate, up)
+    return _swiglu_primal(gate, up, interpret), (gate, up)
 
 
 def _swiglu_backward(
@@ -55,6 +53,7 @@ def _swiglu_backward(
     return grad_gate, grad_up
 
 
+_swiglu = jax.custom_vjp(_swiglu_primal, nondiff_argnums=(2,))
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
