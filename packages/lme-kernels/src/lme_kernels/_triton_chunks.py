@@ -3,8 +3,8 @@
 Used by `linear_attention` and `mamba2_ssm`, and open to every op that walks chunks. A *slot* is the
 place of a chunk among all chunks of a call: those of a sequence follow each other. Buffers with
 something a chunk are indexed by slot, those of packed sequences with as many slots as there can be,
-so that nothing is read from the device. Decays are kept as logarithms, summed from the
-start of each chunk, and constant past its last token.
+so that nothing is read from the device. Decays are kept as logarithms, summed from the start of each
+chunk, and constant past its last token.
 """
 
 from dataclasses import dataclass

@@ -158,7 +158,9 @@ def _forward(query, key, value, log_decay, factor, skip, initial, cu_seqlens, sc
     # Packed sequences may be as uneven as they like, and the longest would be walked alone.
     channels = log_decay is not None and log_decay.ndim == query.ndim
     walk = cu_seqlens is None and not channels and walks(rows, V)
-    settings = chunk_settings("walk" if walk else "outputs", query.dtype, K, V, rows)
+    settings = chunk_settings(
+        "walk" if walk else "outputs", query.dtype, K, V, rows, query.shape[-3]
+    )
     slots = Slots.of(query, cu_seqlens, settings.chunk)
     scores = None
     if channels:
@@ -170,7 +172,7 @@ def _forward(query, key, value, log_decay, factor, skip, initial, cu_seqlens, sc
     if walk:
         walk_outputs(query, key, value, decay, weight, skip, initial, y, final, *options, settings)
         return y, final
-    of_states = chunk_settings("states", query.dtype, K, V, rows)
+    of_states = chunk_settings("states", query.dtype, K, V, rows, query.shape[-3])
     states = walk_states(key, value, decay, weight, initial, final, slots, of_states)
     write_outputs(query, key, value, decay, weight, skip, states, scores, y, *options, settings)
     return y, final
@@ -217,10 +219,11 @@ def _backward(
 ):
     N, K, V = _heads(query, key, value), query.shape[-1], value.shape[-1]
     tokens, sequences = query.shape[:-2], num_sequences(query, cu_seqlens)
+    sizes = (query.dtype, K, V, sequences * N, query.shape[-3])
     if grad_y is None:
         grad_y = query.new_zeros((*tokens, N, V))
-    settings = chunk_settings("gradients", query.dtype, K, V, sequences * N)
-    of_states = chunk_settings("states", query.dtype, K, V, sequences * N)
+    settings = chunk_settings("gradients", *sizes)
+    of_states = chunk_settings("states", *sizes)
     slots = Slots.of(query, cu_seqlens, settings.chunk)
     channels = log_decay is not None and log_decay.ndim == query.ndim
     of_scores = (None, None, None)
@@ -285,7 +288,7 @@ def _backward(
             (grad_query, grad_key, grad_decay),
             inclusive,
             slots,
-            chunk_settings("keys", query.dtype, K, V, sequences * N),
+            chunk_settings("keys", *sizes),
         )
     return (
         sum_groups(grad_query, query.shape[-2], query.dtype),

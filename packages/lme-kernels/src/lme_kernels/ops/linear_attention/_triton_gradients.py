@@ -28,6 +28,102 @@ def _store_by_token(
         tl.store(ptr + (start + row) * N + head, numbers, mask=row < length)
 
 
+@triton.jit
+def _of_keys(
+    query,
+    key,
+    decay_ptr,
+    scores_ptr,
+    head,
+    slot,
+    count,
+    scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DECAY: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums of decays, what keys are left with at the end and queries read with, and what passes.
+
+    Which is what each value, down, is multiplied with for each later output, across.
+    """
+    until, reached, last = 0.0, 0.0, 0.0
+    if DECAY == 2:
+        row, channel = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        own = decay_ptr + (slot * N + head) * (C * K)
+        left_over = load_channels(own, C - 1, channel, K) - load_channels(own, row, channel, K)
+        left_over = tl.exp(left_over)
+        read = tl.exp(load_channels(own, row if INCLUSIVE else row - 1, channel, K)) * scale
+        kept_key = (key.to(tl.float32) * left_over).to(key.dtype)
+        passed = load_columns(scores_ptr, (slot * N + head) * C, C, C, 0, C, C, C)
+    else:
+        left_over, read, kept_key = 1.0, scale, key
+        if DECAY == 1:
+            until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
+            left_over = tl.exp(last - until)[:, None]
+            read = (tl.exp(reached) * scale)[:, None]
+        passed = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        passed = weigh_scores(passed, until, reached, 0.0, C, DECAY, False, INCLUSIVE, True)
+        passed = (passed * scale).to(query.dtype)
+    return until, reached, last, left_over, read, kept_key, passed
+
+
+@triton.jit
+def _of_pairs(
+    grad_scores,
+    grad_query,
+    grad_key,
+    query,
+    key,
+    kept,
+    until,
+    reached,
+    last,
+    weight,
+    DECAY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Add what goes through scores to the gradients of queries and keys; and that of the decay."""
+    grad_decay = 0.0
+    if DECAY == 0:
+        scores = weigh_scores(
+            grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
+        ).to(query.dtype)
+        grad_query += tl.dot(scores, key, input_precision=PRECISION)
+        grad_key += tl.dot(tl.trans(scores), query, input_precision=PRECISION)
+    else:
+        # What the decay of any token of the chunk acts on: the state before it, and keys that
+        # reach its end, of which those from the token on are taken off.
+        long_key, long_query = key.to(tl.float32), query.to(tl.float32)
+        total = tl.exp(last) * tl.sum(kept) + tl.sum(grad_key * long_key)
+        # A token's pair with itself does not decay. It is the largest where others do, so its
+        # rounding would drown them: it joins when the decay's gradient has been taken.
+        row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        alone = tl.sum(tl.where(row == column, grad_scores, 0.0), axis=1)
+        scores = weigh_scores(
+            grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, False, False
+        ).to(query.dtype)
+        grad_query += tl.dot(scores, key, input_precision=PRECISION)
+        grad_key += tl.dot(tl.trans(scores), query, input_precision=PRECISION)
+        by_query = tl.sum(grad_query * long_query, axis=1)
+        by_key = tl.sum(grad_key * long_key, axis=1)
+        grad_decay = total + tl.cumsum(by_query - by_key, axis=0, reverse=True)
+        if INCLUSIVE:
+            if HAS_FACTOR:
+                alone *= weight
+            grad_query += alone[:, None] * long_key
+            grad_key += alone[:, None] * long_query
+        else:
+            grad_decay -= by_query
+    return grad_query, grad_key, grad_decay
+
+
 @triton.jit(do_not_specialize=["S", "count"])
 def _gradients_kernel(
     query_ptr,
@@ -84,28 +180,13 @@ def _gradients_kernel(
     grad_y_ptr += head.to(tl.int64) * grad_y_head
     query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
     key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
-    until, reached, weight, last = 0.0, 0.0, 0.0, 0.0
+    weight = 0.0
     if HAS_FACTOR:
         weight = tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
-    # `passed` has rows of keys: what each value is multiplied with for each later output.
-    if DECAY == 2:
-        row, channel = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
-        own = decay_ptr + (slot * N + head) * (C * K)
-        last = load_channels(own, C - 1, channel, K)
-        left_over = tl.exp(last - load_channels(own, row, channel, K))
-        read = tl.exp(load_channels(own, row if INCLUSIVE else row - 1, channel, K)) * scale
-        kept_key = (key.to(tl.float32) * left_over).to(key.dtype)
-        passed = load_columns(scores_ptr, (slot * N + head) * C, C, C, 0, C, C, C)
-    else:
-        left_over, read = 1.0, scale
-        if DECAY == 1:
-            until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-            left_over = tl.exp(last - until)[:, None]
-            read = (tl.exp(reached) * scale)[:, None]
-        kept_key = key
-        passed = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-        passed = weigh_scores(passed, until, reached, weight, C, DECAY, False, INCLUSIVE, True)
-        passed = (passed * scale).to(query.dtype)
+    until, reached, last, left_over, read, kept_key, passed = _of_keys(
+        query, key, decay_ptr, scores_ptr, head, slot, count, scale, N, K, DECAY, INCLUSIVE,
+        PRECISION, C, BLOCK_K,
+    )  # fmt: skip
     skip = 0.0
     if HAS_SKIP:
         skip = tl.load(skip_ptr + head).to(tl.float32)
@@ -149,26 +230,14 @@ def _gradients_kernel(
         grad_scores = weigh_scores(grad_scores, 0.0, 0.0, 0.0, C, 0, False, INCLUSIVE, False)
         store_rows(grad_scores_ptr, grad_scores, (slot * N + head) * C, C, C, 0, C, C, C)
         channel = tl.arange(0, BLOCK_K)
-        kept *= tl.exp(load_channels(own, C - 1, channel, K))
+        kept *= tl.exp(load_channels(decay_ptr + (slot * N + head) * (C * K), C - 1, channel, K))
         tl.store(kept_ptr + (slot * N + head) * K + channel, kept, mask=channel < K)
     else:
-        # What the decay of any token of the chunk acts on: the state before it, and keys that
-        # reach its end, of which those from the token on are taken off.
-        total = 0.0
-        if DECAY == 1:
-            total = tl.exp(last) * tl.sum(kept) + tl.sum(grad_key * key.to(tl.float32))
-        grad_scores = weigh_scores(
-            grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
-        ).to(query.dtype)
-        grad_query += tl.dot(grad_scores, key, input_precision=PRECISION)
-        grad_key += tl.dot(tl.trans(grad_scores), query, input_precision=PRECISION)
-        if DECAY == 1:
-            by_query = tl.sum(grad_query * query.to(tl.float32), axis=1)
-            by_key = tl.sum(grad_key * key.to(tl.float32), axis=1)
-            grad_decay = total + tl.cumsum(by_query - by_key, axis=0, reverse=True)
-            if not INCLUSIVE:
-                grad_decay -= by_query
-            _store_by_token(grad_decay_ptr, grad_decay, head, start, length, N, C, True)
+        grad_query, grad_key, grad_decay = _of_pairs(
+            grad_scores, grad_query, grad_key, query, key, kept, until, reached, last, weight,
+            DECAY, HAS_FACTOR, INCLUSIVE, PRECISION, C,
+        )  # fmt: skip
+        _store_by_token(grad_decay_ptr, grad_decay, head, start, length, N, C, DECAY == 1)
     store_rows(grad_query_ptr + head * K, grad_query, start, length, N * K, 0, C, K, BLOCK_K)
     store_rows(grad_key_ptr + head * K, grad_key, start, length, N * K, 0, C, K, BLOCK_K)
 

@@ -34,7 +34,9 @@ class ChunkSettings:
 FIXED: ContextVar[tuple[str, ChunkSettings] | None] = ContextVar("lme_kernels_chunks", default=None)
 
 
-def chunk_settings(kernel: str, dtype: torch.dtype, K: int, V: int, rows: int) -> ChunkSettings:
+def chunk_settings(
+    kernel: str, dtype: torch.dtype, K: int, V: int, rows: int, tokens: int
+) -> ChunkSettings:
     """Launch settings of a kernel of a chunked recurrence.
 
     Args:
@@ -43,6 +45,7 @@ def chunk_settings(kernel: str, dtype: torch.dtype, K: int, V: int, rows: int) -
         K: Channels of a key.
         V: Channels of a value.
         rows: Sequences times heads, each walked by programs of its own.
+        tokens: Tokens of a sequence, or of all if packed.
 
     Returns:
         The settings. Nothing is measured here.
@@ -52,7 +55,7 @@ def chunk_settings(kernel: str, dtype: torch.dtype, K: int, V: int, rows: int) -
         return fixed[1]
     key, value = block_of(K), block_of(V)
     exact = dtype == torch.float32
-    chunk = 32 if exact else 64
+    chunk = min(32 if exact else 64, block_of(tokens))
     if kernel == "walk":
         # The narrower a program's values, the more programs, and the oftener keys are read.
         block = min(value, 64 if rows * (value // min(value, 64)) >= WALKING_PROGRAMS else 32)
