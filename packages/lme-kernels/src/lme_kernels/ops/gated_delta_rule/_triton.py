@@ -114,8 +114,10 @@ def _shared(query, key, value, N, slots):
 
 
 def _exact(dtype):
-    """How the systems are solved: as near to float32 as tensor cores come, or in it."""
-    return "ieee" if dtype == torch.float32 or torch.version.hip else "tf32x3"
+    """How the systems are solved: always to more digits than the inverse is rounded to."""
+    if dtype == torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float16 else "tf32"
 
 
 def _forward_fake(query, key, value, log_decay, beta, initial, cu, first, table, norm, scale):

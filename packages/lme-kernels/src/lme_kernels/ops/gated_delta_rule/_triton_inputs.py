@@ -62,9 +62,12 @@ def inputs_kernel(
     low_index = index + count.to(tl.int64) * N
     until, key_norm, query_norm, strength, last = vectors_of(vectors_ptr, index, C)
     decay = tl.exp2(until)
-    # Gradients here are of queries and keys as factors of the normalised ones.
+    # Gradients here are of queries and keys as factors of the normalised ones. No product is added
+    # to in the same iteration as another: the compiler would give all warps the same rows.
     scores = tl.zeros((C, C), dtype=tl.float32)
     system = tl.zeros((C, C), dtype=tl.float32)
+    low_scores = tl.zeros((C, C), dtype=tl.float32)
+    low_system = tl.zeros((C, C), dtype=tl.float32)
     of_values = tl.zeros((C, BLOCK_V), dtype=tl.float32)
     for first in range(0, V, BLOCK_V):
         grad_y = load_rows(grad_y_ptr + head * V, start, length, N * V, first, C, V, BLOCK_V)
@@ -75,53 +78,40 @@ def inputs_kernel(
         system = tl.dot(grad_scaled, tl.trans(written), system, input_precision=PRECISION)
         if dtype != tl.float32:
             low = load_rows(written_ptr, low_index * C, C, V, first, C, V, BLOCK_V)
-            scores = tl.dot(grad_y, tl.trans(low), scores, input_precision=PRECISION)
-            system = tl.dot(grad_scaled, tl.trans(low), system, input_precision=PRECISION)
+            low_scores = tl.dot(grad_y, tl.trans(low), low_scores)
+            low_system = tl.dot(grad_scaled, tl.trans(low), low_system)
         of_values += grad_scaled.to(tl.float32) * value.to(tl.float32)
+    of_beta = tl.sum(of_values, axis=1)
     key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
     query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
-    scores *= decays_between(until, False, C) * (query_norm * scale)[:, None] * key_norm[None, :]
-    pairs = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scores
+    scores += low_scores
+    scores *= decays_between(until, False, C) * query_norm[:, None] * key_norm[None, :]
+    pairs = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scores * scale)
     # What a decay gains from tokens at and after it, to be summed over those.
     gain = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
     rounded_scores = scores.to(dtype)
+    system += low_system
     system *= decays_between(until, True, C) * -key_norm[:, None] * key_norm[None, :]
     pairs = tl.dot(key, tl.trans(key), input_precision=PRECISION) * system
-    of_beta = tl.sum(of_values, axis=1) + tl.sum(pairs, axis=1)
+    of_beta += tl.sum(pairs, axis=1)
     pairs *= strength[:, None]
     gain += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-    rounded_system = (system * strength[:, None]).to(dtype)
+    system *= strength[:, None]
+    rounded_system = (system + tl.trans(system)).to(dtype)
 
     of_query = tl.zeros((C, BLOCK_K), dtype=tl.float32)
     for first in range(0, V, BLOCK_V):
         grad_y = load_rows(grad_y_ptr + head * V, start, length, N * V, first, C, V, BLOCK_V)
         state = load_state(states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
         of_query = tl.dot(grad_y, tl.trans(state), of_query, input_precision=PRECISION)
-    of_query *= (decay * query_norm * scale)[:, None]
-    gain += tl.sum(query.to(tl.float32) * of_query, axis=1)
-    of_query = tl.dot(rounded_scores, key, of_query, input_precision=PRECISION)
+    of_query *= (decay * query_norm)[:, None]
+    gain += tl.sum(query.to(tl.float32) * of_query, axis=1) * scale
+    of_query += tl.dot(rounded_scores, key, input_precision=PRECISION)
     if NORMALIZE:
         wide = query.to(tl.float32)
         of_query -= wide * (query_norm * query_norm * tl.sum(wide * of_query, axis=1))[:, None]
+    of_query *= scale
     store_rows(grad_query_ptr + head * K, of_query, start, length, N * K, 0, C, K, BLOCK_K)
-
-    of_key = tl.zeros((C, BLOCK_K), dtype=tl.float32)
-    for first in range(0, V, BLOCK_V):
-        written = load_rows(written_ptr, index * C, C, V, first, C, V, BLOCK_V)
-        grad_state = load_state(grad_states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
-        of_key = tl.dot(written, tl.trans(grad_state), of_key, input_precision=PRECISION)
-        if dtype != tl.float32:
-            low = load_rows(written_ptr, low_index * C, C, V, first, C, V, BLOCK_V)
-            of_key = tl.dot(low, tl.trans(grad_state), of_key, input_precision=PRECISION)
-    # Loaded again, which leaves registers free in between.
-    key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
-    of_key *= (tl.exp2(last - until) * key_norm)[:, None]
-    # What a decay gains from tokens before it.
-    left = tl.sum(key.to(tl.float32) * of_key, axis=1)
-    of_key = tl.dot(rounded_system, key, of_key, input_precision=PRECISION)
-    of_key = tl.dot(tl.trans(rounded_system), key, of_key, input_precision=PRECISION)
-    query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
-    of_key = tl.dot(tl.trans(rounded_scores), query, of_key, input_precision=PRECISION)
 
     erasing = tl.zeros((C, BLOCK_K), dtype=tl.float32)
     kept = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
@@ -131,19 +121,38 @@ def inputs_kernel(
         grad_state = load_state(grad_states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
         erasing = tl.dot(grad_scaled, tl.trans(state), erasing, input_precision=PRECISION)
         kept += state.to(tl.float32) * grad_state.to(tl.float32)
-    key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
-    wide = key.to(tl.float32)
+    of_last = tl.exp2(last) * tl.sum(tl.sum(kept, axis=1), axis=0)
     erasing *= -(decay * key_norm)[:, None]
-    erased = tl.sum(wide * erasing, axis=1)
+    # Loaded again, which leaves registers free in between.
+    key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
+    erased = tl.sum(key.to(tl.float32) * erasing, axis=1)
     gain += erased * strength
     of_beta += erased
-    of_key += erasing * strength[:, None]
+    erasing *= strength[:, None]
+
+    of_key = tl.zeros((C, BLOCK_K), dtype=tl.float32)
+    low_key = tl.zeros((C, BLOCK_K), dtype=tl.float32)
+    for first in range(0, V, BLOCK_V):
+        written = load_rows(written_ptr, index * C, C, V, first, C, V, BLOCK_V)
+        grad_state = load_state(grad_states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
+        of_key = tl.dot(written, tl.trans(grad_state), of_key, input_precision=PRECISION)
+        if dtype != tl.float32:
+            low = load_rows(written_ptr, low_index * C, C, V, first, C, V, BLOCK_V)
+            low_key = tl.dot(low, tl.trans(grad_state), low_key)
+    of_key += low_key
+    of_key *= (tl.exp2(last - until) * key_norm)[:, None]
+    # What a decay gains from tokens before it.
+    left = tl.sum(key.to(tl.float32) * of_key, axis=1)
+    of_key += erasing
+    query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
+    of_key += tl.dot(rounded_system, key, input_precision=PRECISION)
+    of_key += tl.dot(tl.trans(rounded_scores), query, input_precision=PRECISION) * scale
     if NORMALIZE:
+        wide = key.to(tl.float32)
         of_key -= wide * (key_norm * key_norm * tl.sum(wide * of_key, axis=1))[:, None]
     store_rows(grad_key_ptr + head * K, of_key, start, length, N * K, 0, C, K, BLOCK_K)
 
-    of_decay = tl.cumsum(gain, 0, reverse=True) + tl.cumsum(left, 0) - left
-    of_decay += tl.exp2(last) * tl.sum(tl.sum(kept, axis=1), axis=0)
+    of_decay = tl.cumsum(gain, 0, reverse=True) + tl.cumsum(left, 0) - left + of_last
     row = tl.arange(0, C)
     own = (start + row) * N + head
     tl.store(grad_decay_ptr + own, of_decay, mask=row < length)
