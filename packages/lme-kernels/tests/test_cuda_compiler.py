@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,26 @@ def test_a_gpu_newer_than_the_compiler_gets_ptx():
     image = compile_file("ops/continuous_count/_cuda.cu", COUNT[0], newest + 1)
     assert f".target sm_{newest}".encode() in image
     assert image.endswith(b"\0")
+
+
+def test_builtins_beside_the_compiler_are_loaded_before_it(tmp_path, monkeypatch):
+    # The wheel of NVRTC 13.0 does not find them by itself.
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    names = ("libnvrtc-builtins.so.13.0", "libnvrtc-builtins.alt.so.13.0", "libnvrtc.so.13")
+    for name in names:
+        (folder / name).touch()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(cuda_compiler, "find_spec", lambda name: spec)
+    loaded = []
+    monkeypatch.setattr(cuda_compiler.ctypes, "CDLL", loaded.append)
+    nvrtc.cache_clear()
+    try:
+        nvrtc()
+    finally:
+        nvrtc.cache_clear()
+    assert loaded == [str(folder / names[0]), str(folder / names[2])]
 
 
 def test_options_name_the_gpu():

@@ -14,7 +14,7 @@ from lme_kernels import _cuda_rows, cuda_driver, device
 from lme_kernels.examples import Example, examples_of
 from lme_kernels.functional import ALL_OPS
 from lme_kernels.op import Backend
-from lme_kernels.testing import check_against_reference
+from lme_kernels.testing import check_against_reference, run
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="needs g++ on the path, found none"
@@ -237,6 +237,44 @@ def test_any_dtype_is_packed_and_unpacked(emulated, dtype, width):
     assert torch.equal(ours, theirs)
     ours, theirs = (unpack(theirs, offsets, **options, backend=each) for each in ("cuda", "torch"))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_compiled_code_gives_the_same(emulated, op):
+    torch._dynamo.reset()
+    op.load("cpu")
+    example = examples_of(op)[0]
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    options = {**example.options, "backend": "cuda"}
+    ours = run(compiled, example.arguments, options)
+    theirs = run(op.function, example.arguments, options)
+    assert len(ours.outputs) == len(theirs.outputs)
+    assert len(ours.gradients) == len(theirs.gradients)
+    pairs = zip((*ours.outputs, *ours.gradients), (*theirs.outputs, *theirs.gradients), strict=True)
+    for one, other in pairs:
+        assert torch.equal(one, other)
+
+
+def test_custom_ops_keep_the_contract_of_torch(emulated):
+    offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
+    indices = torch.randint(0, 7, (40,))
+    x, y = torch.randn(5, 12), torch.randn(5, 6)
+    calls = {
+        "swiglu_cuda_forward": (y, y),
+        "swiglu_cuda_backward": (y, y, y),
+        "swiglu_packed_cuda_forward": (x, "interleaved"),
+        "swiglu_packed_cuda_backward": (y, x, "concatenated"),
+        "pack_sequence_cuda_forward": (torch.randn(2, 3, 4), offsets, 5, True),
+        "unpack_sequence_cuda_forward": (x, offsets, 3, False, 0),
+        "continuous_count_cuda_forward": (indices, 7),
+        "sort_by_expert_cuda_forward": (indices, 7),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(
+            getattr(torch.ops.lme_kernels, name).default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
 
 
 def test_every_kernel_was_launched(emulated):

@@ -124,13 +124,24 @@ def nvrtc() -> Nvrtc:
     tried = []
     for path in _candidates():
         try:
-            return Nvrtc(ctypes.CDLL(path))
+            return Nvrtc(_load(path))
         except OSError as error:
             tried.append(f"{path} ({error})")
     raise CudaCompileError(
         f"NVRTC of CUDA {torch.version.cuda} was not found; tried {', '.join(tried) or 'nothing'}. "
         "It comes with the CUDA build of torch (package `nvidia-cuda-nvrtc`)"
     )
+
+
+def _load(path: str) -> ctypes.CDLL:
+    # NVRTC opens its builtins by name when it compiles. That of some wheels (13.0) does not look
+    # beside itself; a library of that name which is loaded already serves.
+    for builtins in (
+        sorted(Path(path).parent.glob("libnvrtc-builtins*.so.*")) if "/" in path else ()
+    ):
+        if ".alt." not in builtins.name:
+            ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(path)
 
 
 def _candidates() -> Iterator[str]:
