@@ -40,6 +40,7 @@ from lme_data.tokenizer import TextTokenizer
 from lme_kernels.policy import KernelPolicy
 from lme_parallel.checkpoint.checkpointer import Checkpointer
 from lme_parallel.parallelize import parallelize
+from lme_parallel.runtime import DistributedRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,9 @@ def compose(
     check_vocabulary(plan, tokenizer)
     loaders = open_data(plan, tokenizer)
     model = build_model(plan, kernels)
-    runtime = place_model(plan, model)
+    placed = place_model(plan, model)
+    # Equal in form, not in name: the packages do not know each other's classes.
+    runtime = cast(Runtime, placed)
     optimizer = build_optimizer(
         run.optimizer_args,
         runtime.named_parameters(),
@@ -134,6 +137,7 @@ def compose(
             "run.resolved.json": plan.resolved,
         },
         topology=plan.topology,
+        shards=placed.shards(),
         after_restore=runtime.finish_step,
         point=point,
     )
@@ -176,10 +180,10 @@ def build_model(plan: Plan, kernels: KernelPolicy) -> Decoder:
         return plan.model_config.build(kernels, seed=plan.run.random_args.seed)
 
 
-def place_model(plan: Plan, model: Decoder) -> Runtime:
+def place_model(plan: Plan, model: Decoder) -> DistributedRuntime:
     """Give the model memory and first values on its devices."""
     dtype = plan.run.mixed_precision_args.torch_dtype
-    runtime = parallelize(
+    return parallelize(
         model,
         plan.topology,
         plan.run.distributed_args,
@@ -189,8 +193,6 @@ def place_model(plan: Plan, model: Decoder) -> Runtime:
         masters=MasterWeights,
         scaler=LossScaler(plan.device) if dtype == torch.float16 else None,
     )
-    # Equal in form, not in name: the packages do not know each other's classes.
-    return cast(Runtime, runtime)
 
 
 def _initial_value(plan: Plan, model: Decoder) -> Callable[[str, tuple[slice, ...] | None], Tensor]:

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lme_cli.compose import build_model, place_model
+from lme_cli.config import RunConfig
 from lme_cli.errors import CommandError
 from lme_cli.loading import check_run
 from lme_cli.overrides import apply_overrides
@@ -13,9 +14,14 @@ from lme_cli.planning import make_plan
 from lme_cli.run_data import evaluation_sets, open_data
 from lme_cli.run_file import RunFile
 from lme_cli.run_tokenizer import find_tokenizer
+from lme_core.training.args import TrainingParameters
+from lme_core.training.batch_plan import BatchPlan
 from lme_core.training.evaluation import records
 from lme_core.training.objectives import build_objective
+from lme_core.training.runtime import Runtime
 from lme_kernels.policy import KernelPolicy
+from lme_parallel.args import DistributedArgs
+from lme_parallel.checkpoint.reader import Checkpoint
 from lme_parallel.checkpoint.unshard import iterate_tensors, open_checkpoint
 
 
@@ -43,7 +49,10 @@ def evaluate_checkpoint(
         update={
             "save_args": dataclasses.replace(
                 loaded.run.save_args, save_path=str(checkpoint.path.parent)
-            )
+            ),
+            # In one process, whatever the run had; the same rows as then.
+            "distributed_args": DistributedArgs(),
+            "training_parameters": _same_batch(loaded.run, checkpoint),
         }
     )
     plan = make_plan(run)
@@ -52,7 +61,9 @@ def evaluate_checkpoint(
     sets = evaluation_sets(loaders, tokenizer, names)
     if not sets:
         raise CommandError(f"the run of {checkpoint.path} has no data for {' or '.join(names)}")
-    runtime = place_model(plan, build_model(plan, KernelPolicy.from_args(run.kernel_args)))
+    placed = place_model(plan, build_model(plan, KernelPolicy.from_args(run.kernel_args)))
+    # Equal in form, not in name: the packages do not know each other's classes.
+    runtime = cast(Runtime, placed)
     targets = {**runtime.named_parameters(), **runtime.named_buffers()}
     for name, tensor in iterate_tensors(checkpoint):
         targets[name].data.copy_(tensor)
@@ -62,4 +73,17 @@ def evaluate_checkpoint(
     objective = build_objective(pretraining)
     return records(
         runtime, objective, sets, step=checkpoint.step, tokens=int(state.get("tokens", 0))
+    )
+
+
+def _same_batch(run: RunConfig, checkpoint: Checkpoint) -> TrainingParameters:
+    """Fix the size of the run's global batch, which no longer follows from the processes."""
+    mesh = checkpoint.document("state.json")["mesh"]
+    replicas = mesh["replicate"] * mesh["shard"] // mesh["context"]
+    batch = BatchPlan.resolve(run.training_parameters, replicas)
+    return dataclasses.replace(
+        run.training_parameters,
+        micro_batch_size=batch.micro_batch_size,
+        gradient_accumulation_steps=None,
+        global_batch_size=batch.global_batch_size,
     )

@@ -11,6 +11,7 @@ from lme_parallel.checkpoint.arrays import (
     ArrayLayout,
     SavedTensor,
     chunk_shape,
+    create_arrays,
     read_arrays,
     write_arrays,
 )
@@ -44,8 +45,11 @@ def bits(tensor):
 def save(folder, tensors):
     (folder / "model").mkdir()
     saved = [SavedTensor(f"model/{n}", ArrayLayout.of(t), t) for n, t in tensors.items()]
-    files = write_arrays(folder, saved, lambda name: None)
-    return {each.path: each.layout for each in saved}, files
+    layouts = {each.path: each.layout for each in saved}
+    files = create_arrays(folder, layouts, lambda name: None)
+    written = write_arrays(folder, saved, lambda name: None)
+    assert set(written) == {name for name in files if not name.endswith("zarr.json")}
+    return layouts, files
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**26, 16], ids=["one chunk", "many chunks"])

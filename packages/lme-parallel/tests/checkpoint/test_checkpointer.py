@@ -423,16 +423,3 @@ def test_optimizer_state_other_than_tensors_and_numbers_is_named(fast_path):
     run.optimizer.state[run.parameters["0.bias"]]["history"] = [torch.zeros(1)]
     with pytest.raises(CheckpointError, match=r"`AdamW` keeps 0.bias.history as a list"):
         run.save()
-
-
-def test_several_processes_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="2 processes"):
-        Checkpointer(
-            SaveArgs(save_path=str(tmp_path), save_interval=1),
-            parameters={},
-            buffers={},
-            optimizer=None,
-            stateful={},
-            documents={},
-            topology=Topology.from_args(DistributedArgs(stage=0), 2, 0),
-        )

@@ -1,7 +1,7 @@
 """Tensors as zarr v3 arrays: their metadata, chunks, and concurrent writes and reads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -16,10 +16,10 @@ from torch import Tensor
 from lme_parallel.checkpoint.documents import Json, encode, write_bytes
 from lme_parallel.checkpoint.errors import CheckpointError
 from lme_parallel.checkpoint.layout import METADATA_NAME
+from lme_parallel.shards import Region, inside, overlap
 
 Point = Callable[[str], None]
 """Called before each step of a write with its name; tests stop the process there."""
-Region = tuple[slice, ...]
 
 MAX_CHUNK_BYTES = 64 * 2**20
 CHECKSUM_BYTES = 4
@@ -76,8 +76,7 @@ class ArrayLayout:
         Raises:
             CheckpointError: If its dtype cannot be stored.
         """
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"a tensor of dtype {tensor.dtype} cannot be saved")
+        dtype_name(tensor.dtype)
         shape = tuple(tensor.shape)
         return cls(shape, tensor.dtype, chunk_shape(shape, tensor.dtype.itemsize))
 
@@ -144,11 +143,38 @@ class SavedTensor:
     layout: ArrayLayout
     tensor: Tensor
     """The values, on any device."""
+    region: Region | None = None
+    """Where in the array they belong, on borders of chunks; `None`: they are all of it."""
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all chunk files."""
-        return prod(self.layout.grid) * (self.layout.chunk_bytes + CHECKSUM_BYTES)
+        count = sum(1 for _ in self.chunks())
+        return count * (self.layout.chunk_bytes + CHECKSUM_BYTES)
+
+    def chunks(self) -> Iterator[tuple[str, Region, Tensor]]:
+        """Yield each chunk's file name inside the array, its region and its values."""
+        for key, region in self.layout.pieces():
+            if self.region is None:
+                yield key, region, self.tensor[region]
+            elif (part := overlap(region, self.region)) is not None:
+                yield key, region, self.tensor[inside(part, self.region)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what a dtype is called on disk.
+
+    Raises:
+        CheckpointError: If it cannot be stored.
+    """
+    if dtype not in _NAMES:
+        raise CheckpointError(f"a tensor of dtype {dtype} cannot be saved")
+    return _NAMES[dtype]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that is called `name` on disk."""
+    return _DATA_TYPES[name]
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -171,8 +197,33 @@ def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(chunks)
 
 
-def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> dict[str, int]:
-    """Write arrays, several chunks at a time.
+def create_arrays(root: Path, layouts: Mapping[str, ArrayLayout], point: Point) -> dict[str, int]:
+    """Make the folders and metadata of arrays.
+
+    Args:
+        root: The checkpoint's directory.
+        layouts: By folder inside it.
+        point: Called before each step.
+
+    Returns:
+        Size in bytes of every file that the arrays will have, by path relative to `root`.
+    """
+    files = {}
+    for path, layout in layouts.items():
+        point(f"create {path}")
+        (root / path).mkdir()
+        metadata = f"{path}/{METADATA_NAME}"
+        point(f"write {metadata}")
+        content = encode(layout.metadata(), metadata)
+        write_bytes(root / metadata, content)
+        files[metadata] = len(content)
+        for key, _ in layout.pieces():
+            files[f"{path}/{key}"] = layout.chunk_bytes + CHECKSUM_BYTES
+    return files
+
+
+def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> list[str]:
+    """Write tensors into arrays that were created, several chunks at a time.
 
     Args:
         root: The checkpoint's directory.
@@ -180,30 +231,22 @@ def write_arrays(root: Path, saved: Iterable[SavedTensor], point: Point) -> dict
         point: Called before each step.
 
     Returns:
-        Size in bytes of every file written, by path relative to `root`. Not all of them are on
-        disk yet: sync them.
+        Paths of the files written, relative to `root`. Not all of them are on disk yet: sync them.
 
     Raises:
         CheckpointError: If the disk is full or a write fails.
     """
-    files = {}
+    files = []
     window = _Window()
     try:
         for each in saved:
-            point(f"create {each.path}")
-            (root / each.path).mkdir()
-            metadata = f"{each.path}/{METADATA_NAME}"
-            point(f"write {metadata}")
-            content = encode(each.layout.metadata(), metadata)
-            write_bytes(root / metadata, content)
-            files[metadata] = len(content)
             point(f"open {each.path}")
             store = _open(root / each.path, each.layout, _WRITING)
-            for key, region in each.layout.pieces():
+            for key, region, part in each.chunks():
                 point(f"write {each.path}/{key}")
-                values = _as_numpy(each.tensor[region].detach().cpu())
+                values = _as_numpy(part.detach().cpu())
                 written = store[region].write(values, can_reference_source_data_indefinitely=True)
-                files[f"{each.path}/{key}"] = each.layout.chunk_bytes + CHECKSUM_BYTES
+                files.append(f"{each.path}/{key}")
                 window.add(written, each.layout.chunk_bytes, f"{each.path}/{key}")
             point(f"written {each.path}")
         window.drain()
@@ -249,17 +292,13 @@ def _start_reading(
 ) -> None:
     store = _open(path, layout, _READING)
     for key, held in layout.pieces():
-        inside = held if region is None else _overlap(held, region)
-        if inside is None:
+        part = held if region is None else overlap(held, region)
+        if part is None:
             continue
-        starts = [0] * len(inside) if region is None else [each.start or 0 for each in region]
-        place = tuple(
-            slice(each.start - start, each.stop - start)
-            for each, start in zip(inside, starts, strict=True)
-        )
+        place = part if region is None else inside(part, region)
         target = tensorstore.array(_as_numpy(values[place]))
         # Both domains begin at zero, as a slice of a store keeps its place otherwise.
-        source = store[inside][tensorstore.d[:].translate_to[0]] if inside else store
+        source = store[part][tensorstore.d[:].translate_to[0]] if part else store
         window.add(target.write(source), layout.chunk_bytes, f"{path}/{key}")
 
 
@@ -321,16 +360,6 @@ def _as_numpy(tensor: Tensor) -> np.ndarray:
         bits = tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int8)
         return bits.numpy().view(tensorstore.dtype(_NAMES[tensor.dtype]).numpy_dtype)
     return tensor.numpy()
-
-
-def _overlap(left: Region, right: Region) -> Region | None:
-    result = []
-    for a, b in zip(left, right, strict=True):
-        start, stop = max(a.start, b.start or 0), min(a.stop, b.stop)
-        if start >= stop:
-            return None
-        result.append(slice(start, stop))
-    return tuple(result)
 
 
 def _fill_value(dtype: torch.dtype) -> Json:

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch.optim import Optimizer
 
 from lme_parallel.checkpoint.args import LoadArgs, SaveArgs
 from lme_parallel.checkpoint.arrays import Point
+from lme_parallel.checkpoint.crew import Crew
 from lme_parallel.checkpoint.documents import Json, encode
 from lme_parallel.checkpoint.errors import CheckpointError, CheckpointMismatchError
 from lme_parallel.checkpoint.layout import STATE_NAME, checkpoint_directory
-from lme_parallel.checkpoint.optimizer_state import other_state
+from lme_parallel.checkpoint.optimizer_state import merge_other_states, other_state
 from lme_parallel.checkpoint.reader import Checkpoint, has_committed, valid_checkpoints
 from lme_parallel.checkpoint.restorer import (
     Stateful,
@@ -25,8 +27,10 @@ from lme_parallel.checkpoint.restorer import (
     load_tensors,
 )
 from lme_parallel.checkpoint.retention import prune
-from lme_parallel.checkpoint.snapshot import HostBuffer, Snapshot, buffer_bytes, collect_tensors
+from lme_parallel.checkpoint.sharing import share_out
+from lme_parallel.checkpoint.snapshot import HostBuffer, Snapshot, buffer_bytes, local_tensors
 from lme_parallel.checkpoint.writer import write_checkpoint, write_pointer
+from lme_parallel.shards import Shard
 from lme_parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -68,13 +72,11 @@ class Checkpointer:
             speaks about.
         documents: JSON written beside the arrays, by file name: `config.json`,
             `run.resolved.json`.
-        topology: The layout; one process.
+        topology: The layout. With several processes all call each method at the same time.
+        shards: Which part of each parameter is here; `None`: all of each.
         after_restore: Called when parameters were restored: `runtime.finish_step`, which renews
             copies made from them.
         point: Called before each numbered step of a write; tests stop the process there.
-
-    Raises:
-        ValueError: If the layout has more than one process.
     """
 
     def __init__(
@@ -87,13 +89,10 @@ class Checkpointer:
         stateful: Mapping[str, Stateful],
         documents: Mapping[str, Mapping[str, Json]],
         topology: Topology,
+        shards: Mapping[str, Shard] | None = None,
         after_restore: Callable[[], None] | None = None,
         point: Point | None = None,
     ) -> None:
-        if not topology.is_single:
-            raise ValueError(
-                f"checkpoints of {topology.world_size} processes are not supported yet"
-            )
         self._args = args
         self._run = Path(args.save_path).absolute()
         self._parameters = parameters
@@ -102,6 +101,8 @@ class Checkpointer:
         self._stateful = stateful
         self._documents = {name: encode(each, name) for name, each in documents.items()}
         self._topology = topology
+        self._shards = shards
+        self._crew = Crew.of(topology.world_size)
         self._after_restore = after_restore
         self._point = _ignore if point is None else point
         self._saved: set[int] = set()
@@ -131,14 +132,16 @@ class Checkpointer:
         step = state.step
         if step in self._saved:
             return
-        self._check_free(step)
+        with self._crew.together():
+            if self._crew.is_first:
+                self._check_free(step)
         started = time.monotonic()
         snapshot = self._snapshot(state)
         if self._buffer is None:
             self._write(snapshot, started)
             return
         copies = self._buffer.copy(snapshot.tensors)
-        snapshot = Snapshot(step, copies, snapshot.documents)
+        snapshot = replace(snapshot, tensors=copies)
         logger.info("checkpoint copied: step=%d seconds=%.3f", step, time.monotonic() - started)
         # Not a daemon: the interpreter waits for it, so that a finished run is a saved one.
         self._thread = threading.Thread(
@@ -200,7 +203,9 @@ class Checkpointer:
         failure: CheckpointError | None = None
         for checkpoint in _candidates(settings):
             try:
-                self._load(checkpoint, settings, state, is_own=is_own)
+                # All take the same one: what one cannot read, none uses.
+                with self._crew.together():
+                    self._load(checkpoint, settings, state, is_own=is_own)
             except CheckpointMismatchError:
                 raise
             except CheckpointError as error:
@@ -229,7 +234,11 @@ class Checkpointer:
             logger.warning("the checkpoint has no optimizer state, which starts fresh")
             optimizer = None
         load_tensors(
-            checkpoint, parameters=self._parameters, buffers=self._buffers, optimizer=optimizer
+            checkpoint,
+            parameters=self._parameters,
+            buffers=self._buffers,
+            optimizer=optimizer,
+            shards=self._shards,
         )
         if settings.load_lr_scheduler and self._optimizer is not None:
             load_learning_rates(checkpoint, self._parameters, self._optimizer)
@@ -241,39 +250,48 @@ class Checkpointer:
 
     def _snapshot(self, state: TrainState) -> Snapshot:
         optimizer = self._optimizer if self._args.save_optimizer else None
-        tensors = collect_tensors(self._parameters, self._buffers, optimizer)
+        local = local_tensors(self._parameters, self._buffers, optimizer, self._shards)
+        tensors, layouts = share_out(local, self._crew)
         names: dict[Tensor, str] = {each: name for name, each in self._parameters.items()}
+        other = None if self._optimizer is None else other_state(self._optimizer, names)
         content = {
             "step": state.step,
             "tokens": state.tokens,
             "mesh": self._topology.describe(),
             "has_optimizer": optimizer is not None,
-            "optimizer": None if self._optimizer is None else other_state(self._optimizer, names),
+            "optimizer": other if self._crew.size == 1 else self._merged(other),
             "stateful": {name: each.state_dict() for name, each in self._stateful.items()},
         }
         documents = {**self._documents, STATE_NAME: encode(content, STATE_NAME)}
-        return Snapshot(state.step, tensors, documents)
+        return Snapshot(state.step, tensors, documents, layouts)
+
+    def _merged(self, other: Json) -> Json:
+        return merge_other_states(self._crew.gather(other))
 
     def _write(self, snapshot: Snapshot, started: float) -> None:
-        write_checkpoint(self._run, snapshot, self._point)
+        write_checkpoint(self._run, snapshot, self._point, self._crew)
         self._saved.add(snapshot.step)
-        args = self._args
+        with self._crew.together():
+            if self._crew.is_first:
+                self._point_and_prune(snapshot.step)
+        seconds = time.monotonic() - started
+        logger.info("checkpoint saved: step=%d seconds=%.3f", snapshot.step, seconds)
+
+    def _point_and_prune(self, step: int) -> None:
         try:
-            write_pointer(self._run, snapshot.step, self._point)
+            write_pointer(self._run, step, self._point)
             prune(
                 self._run,
-                snapshot.step,
-                keep_last=args.keep_last,
-                keep_every=args.keep_every,
+                step,
+                keep_last=self._args.keep_last,
+                keep_every=self._args.keep_every,
                 point=self._point,
             )
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint of step {snapshot.step} was saved, but the pointer or an old"
-                f" checkpoint in {self._run} could not be changed: {error.strerror}"
+                f"the checkpoint of step {step} was saved, but the pointer or an old checkpoint in"
+                f" {self._run} could not be changed: {error.strerror}"
             ) from error
-        seconds = time.monotonic() - started
-        logger.info("checkpoint saved: step=%d seconds=%.3f", snapshot.step, seconds)
 
     def _write_in_background(self, snapshot: Snapshot, started: float) -> None:
         try:
@@ -284,10 +302,10 @@ class Checkpointer:
     def _reserve(self) -> HostBuffer:
         """Allocate for what there is, or will be: two moments and a counter a parameter."""
         optimizer = self._optimizer if self._args.save_optimizer else None
-        tensors = collect_tensors(self._parameters, self._buffers, optimizer)
-        size = buffer_bytes(tensors)
+        tensors = local_tensors(self._parameters, self._buffers, optimizer, self._shards)
+        size = buffer_bytes([each.tensor for each in tensors])
         if optimizer is not None and not optimizer.state:
-            moments = [each for each in tensors if each.path.startswith("model/")]
+            moments = [each.tensor for each in tensors if each.path.startswith("model/")]
             size += 2 * buffer_bytes(moments) + 64 * len(moments)
         devices = {each.tensor.device.type for each in tensors}
         return HostBuffer(size, pinned="cuda" in devices and torch.cuda.is_available())

@@ -1,6 +1,6 @@
 """An optimizer's state by parameter name, taken out and put back by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lme_parallel.checkpoint.documents import Json
 from lme_parallel.checkpoint.errors import CheckpointError, CheckpointMismatchError
+from lme_parallel.shards import Shard, whole
 
 
 def tensor_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -76,6 +77,48 @@ def split_name(name: str) -> tuple[str, str]:
     """Split `<parameter name>.<state name>`; a state name has no dot."""
     parameter, _, state = name.rpartition(".")
     return parameter, state
+
+
+def state_shard(name: str, tensor: Tensor, parameter: Tensor, shard: Shard | None) -> Shard:
+    """Return which part of a tensor of the state is here.
+
+    Args:
+        name: Of the state, for the error.
+        tensor: Of the state.
+        parameter: The local part of the parameter that it belongs to.
+        shard: Which part of the parameter that is; `None`: all.
+
+    Raises:
+        CheckpointError: If the parameter is cut and the state is neither cut alike nor one number.
+    """
+    if shard is None or (tensor.shape == parameter.shape and shard.is_whole):
+        return whole(tensor.shape, is_owner=shard is None or shard.is_owner)
+    if tensor.shape == parameter.shape:
+        return shard
+    if tensor.numel() > 1 and not shard.is_whole:
+        raise CheckpointError(
+            f"{name} has shape {tuple(tensor.shape)}, but its parameter is cut to"
+            f" {tuple(parameter.shape)}; only state of the same shape and numbers can be saved"
+        )
+    return whole(tensor.shape)
+
+
+def merge_other_states(states: Sequence[Json]) -> Json:
+    """Put together what `other_state` gave in processes that hold different parameters."""
+    found = [each for each in states if each is not None]
+    if not found:
+        return None
+    numbers: dict[str, Json] = {}
+    rates: dict[str, float] = {}
+    for state in found:
+        numbers |= state["numbers"]
+        for group in state["groups"]:
+            rates |= dict.fromkeys(group["parameters"], group["learning_rate"])
+    groups: dict[float, list[str]] = {}
+    for name, rate in rates.items():
+        groups.setdefault(rate, []).append(name)
+    listed = [{"learning_rate": rate, "parameters": names} for rate, names in groups.items()]
+    return {"numbers": numbers, "groups": listed}
 
 
 def groups_by_parameter(optimizer: Optimizer) -> dict[Tensor, Mapping[str, Any]]:

@@ -10,13 +10,13 @@ from torch import Tensor
 from lme_parallel.checkpoint.arrays import (
     CHECKSUM_BYTES,
     ArrayLayout,
-    Region,
     read_arrays,
 )
 from lme_parallel.checkpoint.commit import is_committed, read_commit, verify_chunks
 from lme_parallel.checkpoint.documents import Json, read_document
 from lme_parallel.checkpoint.errors import CheckpointError
 from lme_parallel.checkpoint.layout import METADATA_NAME, checkpoint_directory, checkpoint_steps
+from lme_parallel.shards import Region
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A checkpoint put back into a model, an optimizer and everything else that has state."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from lme_parallel.checkpoint.optimizer_state import (
     state_device,
 )
 from lme_parallel.checkpoint.reader import Checkpoint
+from lme_parallel.shards import Region, Shard, whole
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,9 @@ def load_tensors(
     parameters: Mapping[str, nn.Parameter],
     buffers: Mapping[str, Tensor],
     optimizer: Optimizer | None,
+    shards: Mapping[str, Shard] | None = None,
 ) -> None:
-    """Read parameters, buffers and the optimizer's state.
+    """Read parameters, buffers and the optimizer's state, as far as they are here.
 
     Nothing is changed before names and shapes were found to fit.
 
@@ -60,6 +62,7 @@ def load_tensors(
         parameters: Written in place.
         buffers: Written in place.
         optimizer: Its whole state is replaced; `None` leaves it out.
+        shards: Parts of the parameters; `None`: they are whole.
 
     Raises:
         CheckpointMismatchError: If names or shapes differ.
@@ -67,15 +70,19 @@ def load_tensors(
     """
     targets = {**parameters, **buffers}
     _check_names(checkpoint, targets)
-    for name, target in targets.items():
+    known = {} if shards is None else shards
+    parts = {name: known.get(name) or whole(each.shape) for name, each in targets.items()}
+    for name, part in parts.items():
         shape = checkpoint.layout(f"model/{name}").shape
-        if shape != tuple(target.shape):
+        if shape != part.shape:
             raise CheckpointMismatchError(
-                f"`{name}` has shape {shape} in {checkpoint.path}, but {tuple(target.shape)} here"
+                f"`{name}` has shape {shape} in {checkpoint.path}, but {part.shape} here"
             )
-    state = {} if optimizer is None else _allocate_state(checkpoint, parameters, optimizer)
-    wanted = [(f"model/{name}", None, target) for name, target in targets.items()]
-    wanted += [(f"optimizer/{name}", None, target) for name, target in state.items()]
+    wanted = [each for name in targets for each in _regions("model", name, targets, parts)]
+    state: dict[str, Tensor] = {}
+    if optimizer is not None:
+        state, places = _allocate_state(checkpoint, parameters, parts, optimizer)
+        wanted += [each for name in state for each in _regions("optimizer", name, state, places)]
     with torch.no_grad():
         checkpoint.read(wanted)
     if optimizer is not None:
@@ -173,11 +180,27 @@ def _check_names(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
         )
 
 
+def _regions(
+    group: str, name: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Shard]
+) -> Iterator[tuple[str, Region | None, Tensor]]:
+    """Yield what is read into a tensor: all of it at once, or box by box."""
+    part, tensor = parts[name], tensors[name].detach()
+    if part.is_whole and tensor.shape == part.shape:
+        yield f"{group}/{name}", None, tensor
+        return
+    for region, view in part.views(tensor):
+        yield f"{group}/{name}", region, view
+
+
 def _allocate_state(
-    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
-) -> dict[str, Tensor]:
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Shard],
+    optimizer: Optimizer,
+) -> tuple[dict[str, Tensor], dict[str, Shard]]:
+    """Make memory for the state of the parameters that are here, and say which part it holds."""
     groups = groups_by_parameter(optimizer)
-    state = {}
+    state, places = {}, {}
     for name in checkpoint.names("optimizer"):
         parameter, key = split_name(name)
         if parameter not in parameters:
@@ -186,7 +209,10 @@ def _allocate_state(
                 " not train"
             )
         layout = checkpoint.layout(f"optimizer/{name}")
-        target = parameters[parameter]
+        target, part = parameters[parameter], parts[parameter]
         device = state_device(target, groups.get(target), key)
-        state[name] = torch.empty(layout.shape, dtype=layout.dtype, device=device)
-    return state
+        is_cut = layout.shape == part.shape
+        shape = target.shape if is_cut else layout.shape
+        state[name] = torch.empty(shape, dtype=layout.dtype, device=device)
+        places[name] = part if is_cut else whole(layout.shape)
+    return state, places

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lme_parallel.checkpoint.arrays import ArrayLayout, SavedTensor
+from lme_parallel.checkpoint.crew import Crew
 from lme_parallel.checkpoint.layout import check_array_name
-from lme_parallel.checkpoint.optimizer_state import tensor_state
+from lme_parallel.checkpoint.optimizer_state import split_name, state_shard, tensor_state
+from lme_parallel.checkpoint.sharing import LocalTensor, share_out
+from lme_parallel.shards import Shard, whole
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +27,49 @@ class Snapshot:
     step: int
     """Optimizer steps done."""
     tensors: Sequence[SavedTensor]
+    """What this process writes."""
     documents: Mapping[str, bytes]
     """Content of the JSON files at the top, by file name."""
+    shared: Mapping[str, ArrayLayout] | None = None
+    """All arrays, by folder, where several processes write; `None`: those of `tensors`."""
+
+    @property
+    def arrays(self) -> Mapping[str, ArrayLayout]:
+        """Every array of the checkpoint, by folder."""
+        if self.shared is not None:
+            return self.shared
+        return {each.path: each.layout for each in self.tensors}
+
+
+def local_tensors(
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+    optimizer: Optimizer | None,
+    shards: Mapping[str, Shard] | None = None,
+) -> list[LocalTensor]:
+    """Name every tensor of a checkpoint and say which part is here; nothing is copied.
+
+    Args:
+        parameters: By fully qualified name.
+        buffers: By fully qualified name.
+        optimizer: Its state is taken too; `None` for none.
+        shards: Parts of the parameters; `None`: they are whole.
+
+    Raises:
+        CheckpointError: If a name or a kind of state cannot be saved.
+    """
+    shards = {} if shards is None else shards
+    found = []
+    for name, tensor in {**parameters, **buffers}.items():
+        shard = shards.get(name) or whole(tensor.shape)
+        found.append(_local(f"model/{name}", tensor, shard))
+    if optimizer is not None:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+        for name, tensor in tensor_state(optimizer, names).items():
+            owner = split_name(name)[0]
+            shard = state_shard(name, tensor, parameters[owner], shards.get(owner))
+            found.append(_local(f"optimizer/{name}", tensor, shard))
+    return found
 
 
 def collect_tensors(
@@ -33,7 +77,7 @@ def collect_tensors(
     buffers: Mapping[str, Tensor],
     optimizer: Optimizer | None,
 ) -> list[SavedTensor]:
-    """Name every tensor of a checkpoint and lay it out; nothing is copied.
+    """Lay out every tensor of a checkpoint that one process holds whole.
 
     Args:
         parameters: By fully qualified name.
@@ -43,16 +87,12 @@ def collect_tensors(
     Raises:
         CheckpointError: If a name, a dtype or a kind of state cannot be saved.
     """
-    named = {f"model/{name}": each for name, each in {**parameters, **buffers}.items()}
-    if optimizer is not None:
-        names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-        state = tensor_state(optimizer, names)
-        named |= {f"optimizer/{name}": each for name, each in state.items()}
-    saved = []
-    for path, tensor in named.items():
-        check_array_name(path.partition("/")[2])
-        saved.append(SavedTensor(path, ArrayLayout.of(tensor), tensor.detach()))
-    return saved
+    return share_out(local_tensors(parameters, buffers, optimizer), Crew())[0]
+
+
+def _local(path: str, tensor: Tensor, shard: Shard) -> LocalTensor:
+    check_array_name(path.partition("/")[2])
+    return LocalTensor(path, shard, tensor.detach())
 
 
 class HostBuffer:
@@ -80,7 +120,7 @@ class HostBuffer:
         Args:
             tensors: On any devices; they may change as soon as this returns.
         """
-        needed = buffer_bytes(tensors)
+        needed = buffer_bytes([each.tensor for each in tensors])
         if needed > self.size:
             logger.info("checkpoint buffer grew: bytes=%d was=%d", needed, self.size)
             self._memory = self._allocate(needed)
@@ -103,9 +143,9 @@ class HostBuffer:
         return torch.zeros(size, dtype=torch.uint8, pin_memory=self._pinned)
 
 
-def buffer_bytes(tensors: Sequence[SavedTensor]) -> int:
+def buffer_bytes(tensors: Sequence[Tensor]) -> int:
     """Return the bytes that a buffer needs for `tensors`."""
-    return sum(_aligned(each.tensor.numel() * each.tensor.element_size()) for each in tensors)
+    return sum(_aligned(each.numel() * each.element_size()) for each in tensors)
 
 
 def _aligned(size: int) -> int:

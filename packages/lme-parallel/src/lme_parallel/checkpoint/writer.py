@@ -5,8 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-from lme_parallel.checkpoint.arrays import Point, write_arrays
+from lme_parallel.checkpoint.arrays import Point, create_arrays, write_arrays
 from lme_parallel.checkpoint.commit import is_committed, sync_all, write_commit
+from lme_parallel.checkpoint.crew import Crew
 from lme_parallel.checkpoint.documents import encode, replace_durably, sync, write_bytes
 from lme_parallel.checkpoint.errors import CheckpointError
 from lme_parallel.checkpoint.layout import (
@@ -25,8 +26,11 @@ _GROUPS = ("model", "optimizer")
 _OVERHEAD_BYTES = 32 * 1024
 
 
-def write_checkpoint(run: Path, snapshot: Snapshot, point: Point) -> None:
+def write_checkpoint(run: Path, snapshot: Snapshot, point: Point, crew: Crew | None = None) -> None:
     """Write a checkpoint and commit it.
+
+    The first process makes directories and documents, all write and sync their chunks, and the
+    first commits when all are done.
 
     Whatever is in its place goes first. After a failure its directory is removed again, so that
     the space is free; other checkpoints are not touched.
@@ -35,20 +39,35 @@ def write_checkpoint(run: Path, snapshot: Snapshot, point: Point) -> None:
         run: The run directory; made if absent.
         snapshot: What to write.
         point: Called before each step.
+        crew: The processes that write it, all at the same time; `None`: this one.
 
     Raises:
-        CheckpointError: If the disk is too small or a write fails.
+        CheckpointError: If the disk is too small or a write fails, in any process.
     """
+    crew = Crew() if crew is None else crew
     root = checkpoint_directory(run, snapshot.step)
     try:
-        point("make run directory")
-        _make_directory(run)
-        if os.path.lexists(root):
-            remove(root, point)
-        _check_space(run, snapshot)
-        _write(root, snapshot, point)
+        needed = sum(crew.gather(_needed_bytes(snapshot)))
+        files: dict[str, int] = {}
+        with crew.together():
+            if crew.is_first:
+                point("make run directory")
+                _make_directory(run)
+                if os.path.lexists(root):
+                    remove(root, point)
+                _check_space(run, needed)
+                files = _prepare(root, snapshot, point)
+        with crew.together():
+            written = write_arrays(root, snapshot.tensors, point)
+            if not crew.is_first:
+                sync_all(root, written, point)
+        with crew.together():
+            if crew.is_first:
+                sync_all(root, files, point)
+                write_commit(root, snapshot.step, files, point)
     except (OSError, CheckpointError) as error:
-        _discard(root)
+        if crew.is_first:
+            _discard(root)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
             f"the checkpoint of step {snapshot.step} was not saved in {run}: {reason}; earlier"
@@ -70,7 +89,8 @@ def write_pointer(run: Path, step: int, point: Point) -> None:
     point("pointer moved")
 
 
-def _write(root: Path, snapshot: Snapshot, point: Point) -> None:
+def _prepare(root: Path, snapshot: Snapshot, point: Point) -> dict[str, int]:
+    """Make everything but chunks, and return the sizes of all files that there will be."""
     files: dict[str, int] = {}
     for directory in (root, *(root / group for group in _GROUPS)):
         point(f"make {directory.name}/")
@@ -80,13 +100,12 @@ def _write(root: Path, snapshot: Snapshot, point: Point) -> None:
         content = encode(group, name)
         write_bytes(root / name, content)
         files[name] = len(content)
-    files |= write_arrays(root, snapshot.tensors, point)
+    files |= create_arrays(root, snapshot.arrays, point)
     for name, content in snapshot.documents.items():
         point(f"write {name}")
         write_bytes(root / name, content)
         files[name] = len(content)
-    sync_all(root, files, point)
-    write_commit(root, snapshot.step, files, point)
+    return files
 
 
 def _make_directory(path: Path) -> None:
@@ -98,9 +117,12 @@ def _make_directory(path: Path) -> None:
     sync(path.parent)
 
 
-def _check_space(run: Path, snapshot: Snapshot) -> None:
+def _needed_bytes(snapshot: Snapshot) -> int:
     needed = sum(each.stored_bytes + _OVERHEAD_BYTES for each in snapshot.tensors)
-    needed += sum(len(each) for each in snapshot.documents.values())
+    return needed + sum(len(each) for each in snapshot.documents.values())
+
+
+def _check_space(run: Path, needed: int) -> None:
     free = shutil.disk_usage(run).free
     if needed > free:
         raise CheckpointError(
