@@ -12,8 +12,6 @@ CAUSAL_CONV1D = Op(
     name="causal_conv1d",
     reference=reference.causal_conv1d,
     implementations={Backend.TRITON: "lme_kernels.ops.causal_conv1d._triton"},
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
 )
 
 

@@ -13,8 +13,6 @@ CONTINUOUS_COUNT = Op(
         Backend.TRITON: "lme_kernels.ops.continuous_count._triton",
         Backend.CUDA: "lme_kernels.ops.continuous_count._cuda",
     },
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON, Backend.CUDA}),
 )
 
 

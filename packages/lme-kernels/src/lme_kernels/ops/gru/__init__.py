@@ -17,8 +17,6 @@ GRU = Op(
     name="gru",
     reference=reference.gru,
     implementations={Backend.TRITON: "lme_kernels.ops.gru._triton"},
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
 )
 
 

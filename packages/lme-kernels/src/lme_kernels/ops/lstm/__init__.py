@@ -17,8 +17,6 @@ LSTM = Op(
     name="lstm",
     reference=reference.lstm,
     implementations={Backend.TRITON: "lme_kernels.ops.lstm._triton"},
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
 )
 
 

@@ -17,8 +17,6 @@ M2RNN = Op(
     name="m2rnn",
     reference=reference.m2rnn,
     implementations={Backend.TRITON: "lme_kernels.ops.m2rnn._triton"},
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
 )
 
 

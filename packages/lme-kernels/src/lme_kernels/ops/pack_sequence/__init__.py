@@ -13,11 +13,9 @@ PACK_SEQUENCE = Op(
     name="pack_sequence",
     reference=reference.pack_sequence,
     implementations={
-        Backend.TRITON: "lme_kernels.ops.pack_sequence._triton",
         Backend.CUDA: "lme_kernels.ops.pack_sequence._cuda",
+        Backend.TRITON: "lme_kernels.ops.pack_sequence._triton",
     },
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON, Backend.CUDA}),
 )
 
 PaddingSide = Literal["left", "right"]

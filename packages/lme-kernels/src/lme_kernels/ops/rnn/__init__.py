@@ -17,8 +17,6 @@ RNN = Op(
     name="rnn",
     reference=reference.rnn,
     implementations={Backend.TRITON: "lme_kernels.ops.rnn._triton"},
-    # Runs when named: two of its fp32 proofs failed on a GPU.
-    manual=frozenset({Backend.TRITON}),
 )
 
 

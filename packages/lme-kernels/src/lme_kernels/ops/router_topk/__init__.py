@@ -11,8 +11,6 @@ ROUTER_TOPK = Op(
     name="router_topk",
     reference=reference.router_topk,
     implementations={Backend.TRITON: "lme_kernels.ops.router_topk._triton"},
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
 )
 
 Score = Literal["softmax", "sigmoid"]

@@ -13,8 +13,6 @@ SORT_BY_EXPERT = Op(
         Backend.TRITON: "lme_kernels.ops.sort_by_expert._triton",
         Backend.CUDA: "lme_kernels.ops.sort_by_expert._cuda",
     },
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON, Backend.CUDA}),
 )
 
 

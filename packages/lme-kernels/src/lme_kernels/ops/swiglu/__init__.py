@@ -12,8 +12,6 @@ SWIGLU = Op(
         Backend.TRITON: "lme_kernels.ops.swiglu._triton",
         Backend.CUDA: "lme_kernels.ops.swiglu._cuda",
     },
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.CUDA}),
     traced=True,
 )
 

@@ -14,8 +14,6 @@ SWIGLU_PACKED = Op(
         Backend.TRITON: "lme_kernels.ops.swiglu_packed._triton",
         Backend.CUDA: "lme_kernels.ops.swiglu_packed._cuda",
     },
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.CUDA}),
     traced=True,
 )
 

@@ -13,11 +13,9 @@ UNPACK_SEQUENCE = Op(
     name="unpack_sequence",
     reference=reference.unpack_sequence,
     implementations={
-        Backend.TRITON: "lme_kernels.ops.unpack_sequence._triton",
         Backend.CUDA: "lme_kernels.ops.unpack_sequence._cuda",
+        Backend.TRITON: "lme_kernels.ops.unpack_sequence._triton",
     },
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON, Backend.CUDA}),
 )
 
 PaddingSide = Literal["left", "right"]
