@@ -88,8 +88,14 @@ def reference(config, settings, mixer, x, documents):
                 q = placed(query[n], s, mixer.query_norm)
                 keys = [placed(tokens[t][1][n // G], t, mixer.key_norm) for t in seen]
                 scores = torch.stack([scale * (q @ k) for k in keys])
+                if config.attention_softcap is not None:
+                    cap = config.attention_softcap
+                    scores = cap * torch.tanh(scores / cap)
                 values = torch.stack([tokens[t][2][n // G] for t in seen])
-                o = scores.softmax(0) @ values
+                share = scores.exp().sum()
+                if config.attention_sinks:
+                    share = share + mixer.sinks.weight[n].exp()
+                o = (scores.exp() / share) @ values
                 if config.exclusive_self_attention:
                     v = value[n // G]
                     o = o - (o @ v) / (v @ v) * v
@@ -113,6 +119,8 @@ CASES = {
     "qk norm": {"qk_norm": True},
     "window": {"sliding_window": 3},
     "window of one": {"sliding_window": 1},
+    "softcap": {"attention_softcap": 0.7},
+    "sinks": {"attention_sinks": True},
     "all": {
         "add_bias": True,
         "attention_gate": True,
@@ -120,6 +128,8 @@ CASES = {
         "qk_norm": True,
         "sliding_window": 4,
         "head_dim": 8,
+        "attention_softcap": 2.0,
+        "attention_sinks": True,
     },
 }
 POSITIONS = {
@@ -224,12 +234,20 @@ def test_dropout_is_applied_to_the_output():
     assert torch.equal(mixer(x, context, None), expected)
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sliding_window": 4},
+        {"attention_softcap": 0.7, "attention_sinks": True, "sliding_window": 4},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_softmax_dropout_drops_weights_by_query_head_and_key(window, packed):
+def test_softmax_dropout_drops_weights_by_query_head_and_key(fields, packed):
     nope = {"position_embedding_type": "nope"}
-    _, _, mixer = build(nope, softmax_dropout=0.3, sliding_window=window)
-    _, _, plain = build(nope, sliding_window=window)
+    _, _, mixer = build(nope, softmax_dropout=0.3, **fields)
+    _, _, plain = build(nope, **fields)
     x = torch.randn(B, S, H, dtype=torch.float64)
     context = training_context()
     cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32) if packed else None
@@ -279,6 +297,7 @@ def test_a_full_cache_is_refused_by_name():
         ({"num_key_value_heads": 0}, "`num_key_value_heads` must be at least 1, got 0"),
         ({"head_dim": 0}, "`head_dim` must be at least 1"),
         ({"sliding_window": 0}, "`sliding_window` must be at least 1"),
+        ({"attention_softcap": 0.0}, "`attention_softcap` must be above 0, got 0.0"),
         ({"softmax_dropout": -0.1}, "`softmax_dropout` must be at least 0"),
         (
             {"attention_multiplier": 1.0, "attention_multiplier_method": "1 / head_dim"},

@@ -15,6 +15,8 @@ def attention_with_dropout(
     window: int | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     p: float,
     dropout_key: Tensor,
     site: int,
@@ -30,6 +32,8 @@ def attention_with_dropout(
         window: Tokens that a token sees, itself among them; `None` for all before it.
         cu_seqlens: Bounds of documents over the flattened B*S tokens.
         mask: Added to the scores, shape (B, 1, S, S).
+        softcap: Bound on the scaled products' magnitude; `None` for none.
+        sinks: A score for each head that has no value, shape (N,); it is never dropped.
         p: Probability of dropping a weight, above 0.
         dropout_key: 0-d int64.
         site: Number of this dropout in its layer.
@@ -50,6 +54,8 @@ def attention_with_dropout(
     q, k, v = (each.to(compute).transpose(1, 2) for each in (query, key, value))
     k, v = (each.repeat_interleave(groups, dim=1) for each in (k, v))
     scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     rows = torch.arange(S, device=query.device)
     distance = rows[:, None] - rows
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -59,7 +65,12 @@ def attention_with_dropout(
         seen = seen & (document[:, :, None] == document[:, None, :])[:, None]
     if mask is not None:
         scores = scores + mask
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        sink = sinks.to(compute).view(-1, 1, 1).expand(B, N, S, 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
     token_key = random.mix(random.mix(dropout_key, site + 1), token_index)[:, None, :, None]
     columns = torch.arange(N, device=query.device)[:, None, None] * S + rows
     # The counter enters by XOR for the reason that `dropout` gives.

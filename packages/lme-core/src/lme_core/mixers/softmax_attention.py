@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lme_core.layers.context import SequenceContext
 from lme_core.layers.dropout import check_probability, dropout
-from lme_core.layers.initialization import linear_std
+from lme_core.layers.initialization import Normal, ParameterSpec, linear_std
 from lme_core.layers.linear import Linear
 from lme_core.layers.normalization import Norm
 from lme_core.layers.settings import ModelSettings
@@ -60,6 +60,11 @@ class SoftmaxAttentionConfig:
     """Whether queries and keys are RMS-normalised per head, with a learned scale, before RoPE."""
     sliding_window: int | None = None
     """Tokens that a token sees, itself among them; absent: all before it."""
+    attention_softcap: float | None = None
+    """Bound on the magnitude of scores, softcap * tanh(score / softcap); absent: none."""
+    attention_sinks: bool = False
+    """Whether each head has a learned score without a value, which takes its share of the
+    softmax."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -77,6 +82,8 @@ class SoftmaxAttentionConfig:
             )
         check_probability("softmax_dropout", self.softmax_dropout)
         check_probability("dropout", self.dropout)
+        if self.attention_softcap is not None and self.attention_softcap <= 0:
+            raise ValueError(f"`attention_softcap` must be above 0, got {self.attention_softcap}")
         if self.attention_multiplier is not None and self.attention_multiplier_method is not None:
             raise ValueError(
                 f"`attention_multiplier` ({self.attention_multiplier}) and "
@@ -154,7 +161,8 @@ class SoftmaxAttentionConfig:
                 layer,
                 self.softmax_dropout,
             )
-        return SoftmaxAttention(self, settings, kernels)
+        kind = SoftmaxAttentionWithSinks if self.attention_sinks else SoftmaxAttention
+        return kind(self, settings, kernels)
 
 
 @dataclass(slots=True)
@@ -202,8 +210,8 @@ class SoftmaxAttention(SequenceMixer):
     shard_plan: ClassVar[Mapping[str, str] | None] = {"qkv": "column", "output": "row"}
 
     attend: Callable[..., Tensor]
-    """The attention op, (query, key, value, *, causal, scale, window, cu_seqlens, mask) -> output.
-    Public so that sequences cut over devices can be served by another function."""
+    """The attention op, (query, key, value, *, causal, scale, window, softcap, cu_seqlens, mask,
+    sinks) -> output. Public so that sequences cut over devices can be served by another function."""
 
     def __init__(
         self, config: SoftmaxAttentionConfig, settings: ModelSettings, kernels: KernelPolicy
@@ -247,6 +255,7 @@ class SoftmaxAttention(SequenceMixer):
         if config.qk_norm:
             self.query_norm = Norm("rmsnorm", D, eps=self.eps, kernels=kernels)
             self.key_norm = Norm("rmsnorm", D, eps=self.eps, kernels=kernels)
+        self.sinks: AttentionSinks | None = None
         self.attend = kernels.bind(ATTENTION)
         self.rope = kernels.bind(ROPE)
         self.norm_rope = kernels.bind(QK_NORM_ROPE)
@@ -316,6 +325,8 @@ class SoftmaxAttention(SequenceMixer):
                 window=self.config.sliding_window,
                 cu_seqlens=context.cu_seqlens,
                 mask=context.mask,
+                softcap=self.config.attention_softcap,
+                sinks=None if self.sinks is None else self.sinks.weight,
                 p=self.config.softmax_dropout,
                 dropout_key=context.dropout_key,
                 site=_SOFTMAX_DROPOUT,
@@ -328,9 +339,48 @@ class SoftmaxAttention(SequenceMixer):
             causal=True,
             scale=self.scale,
             window=self.config.sliding_window,
+            softcap=self.config.attention_softcap,
             cu_seqlens=context.cu_seqlens,
             mask=context.mask,
+            sinks=None if self.sinks is None else self.sinks.weight,
         )
+
+
+class AttentionSinks(nn.Module):
+    """A score for each head that takes its share of the softmax and has no value."""
+
+    def __init__(self, heads: int, *, std: float) -> None:
+        """Allocate without initialising.
+
+        Args:
+            heads: Query heads.
+            std: Standard deviation of the initial scores.
+        """
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(heads))
+
+    def parameter_specs(self) -> Mapping[str, ParameterSpec]:
+        """Spec of `weight`, which is not decayed."""
+        return {"weight": ParameterSpec(Normal(self.std), weight_decay=False)}
+
+
+class SoftmaxAttentionWithSinks(SoftmaxAttention):
+    """Causal softmax attention that may look at nothing, as in gpt-oss."""
+
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "qkv": "column",
+        "output": "row",
+        "sinks": "column",
+    }
+
+    def __init__(
+        self, config: SoftmaxAttentionConfig, settings: ModelSettings, kernels: KernelPolicy
+    ) -> None:
+        """Allocate without initialising; see `SoftmaxAttention`."""
+        super().__init__(config, settings, kernels)
+        std = settings.initializer_range
+        self.sinks = AttentionSinks(config.num_attention_heads, std=std)
 
 
 def without_own_value(attended: Tensor, value: Tensor) -> Tensor:
