@@ -98,10 +98,11 @@ def test_shares_are_of_the_least_work_and_of_the_graph_if_there_is_one():
 def test_the_program_prints_a_row_a_variant_and_writes_them(tmp_path, capsys):
     path = tmp_path / "rows.json"
     options = ["--device", "cpu", "--preset", "small", "--seconds", "0", "--json", str(path)]
-    assert main([*options, "--ops", "rmsnorm", "--variants", "torch", "eager"]) == 0
+    ops = ["rmsnorm", "optim.adamw", "optim.grad_norm", "optim.clip_grad_norm"]
+    assert main([*options, "--ops", *ops, "--variants", "torch", "eager", "ours"]) == 0
     out = capsys.readouterr().out
     content = json.loads(path.read_text())
-    assert [row["variant"] for row in content["rows"]] == ["torch", "eager"]
+    assert [row["variant"] for row in content["rows"]] == ["torch", "eager", *["ours"] * 3]
     assert all(row["faults"] == {} for row in content["rows"])
     assert content["rows"][1]["error"] < 1e-6
     assert "| rmsnorm | 16x64 | torch * |" in out

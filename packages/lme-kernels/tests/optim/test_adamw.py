@@ -8,6 +8,7 @@ import torch
 from lme_kernels.op import UnsupportedBackendError
 from lme_kernels.optim import AdamW
 from lme_kernels.optim.local import local
+from lme_kernels.testing import relative_error
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
@@ -74,8 +75,8 @@ def test_updates_match_float64(backend, where, maximize, beta1):
             each.detach().cpu().double(), other.detach(), rtol=4e-7, atol=4e-8
         )
         for name in ("exp_avg", "exp_avg_sq"):
-            mean, true = ours.state[each][name].cpu().double(), theirs.state[other][name]
-            torch.testing.assert_close(mean, true, rtol=2e-6, atol=1e-9)
+            # Three sums in float32; where they cancel the error is that of the terms.
+            assert relative_error(ours.state[each][name], theirs.state[other][name]) < 3e-7
         assert float(ours.state[each]["step"]) == 3
 
 
@@ -217,7 +218,7 @@ def test_a_closure_is_called_with_gradients_and_its_value_returned():
         return loss
 
     before = float(tensor.detach().square().sum())
-    assert float(optimizer.step(closure)) == before
+    assert float(optimizer.step(closure).detach()) == before
     assert float(tensor.detach().square().sum()) < before
 
 

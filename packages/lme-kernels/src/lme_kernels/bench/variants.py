@@ -31,7 +31,11 @@ def variants_of(case: Case, device: torch.device) -> list[str]:
         writes), and names of packages.
     """
     if case.op.startswith(OPTIMIZERS):
-        return ["ours", "foreach", "fused"] if case.op == "optim.adamw" else ["ours", "foreach"]
+        if case.op != "optim.adamw":
+            return ["ours", "foreach"]
+        # Only bfloat16 is rounded; torch keeps its means in bfloat16 too, ours are float32.
+        rounded = ["stochastic"] if "bfloat16" in case.name else []
+        return ["ours", *rounded, "foreach", "fused"]
     op = ALL_OPS[case.op]
     names = [
         str(each)
@@ -114,8 +118,12 @@ def _optimizer(op: str, call: Call, variant: str) -> Run:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         capturable = parameters[0].is_cuda
-        if variant == "ours":
-            optimizer: torch.optim.Optimizer = optim.AdamW(parameters)
+        if variant in ("ours", "stochastic"):
+            optimizer: torch.optim.Optimizer = optim.AdamW(
+                parameters,
+                stochastic_rounding=variant == "stochastic",
+                backend="triton" if capturable else None,
+            )
         elif variant == "fused":
             optimizer = torch.optim.AdamW(parameters, fused=True, capturable=capturable)
         else:
@@ -128,12 +136,14 @@ def _optimizer(op: str, call: Call, variant: str) -> Run:
         return step
     (grads,) = call.arguments
     if op == "optim.grad_norm":
-        norm = optim.grad_norm if variant == "ours" else torch.nn.utils.get_total_norm
+        ours = partial(optim.grad_norm, backend="triton" if grads[0].is_cuda else None)
+        norm = ours if variant == "ours" else torch.nn.utils.get_total_norm
         return partial(_norm, norm, grads)
     parameters = [torch.nn.Parameter(each) for each in grads]
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
-    clip = optim.clip_grad_norm_ if variant == "ours" else torch.nn.utils.clip_grad_norm_
+    ours = partial(optim.clip_grad_norm_, backend="triton" if grads[0].is_cuda else None)
+    clip = ours if variant == "ours" else torch.nn.utils.clip_grad_norm_
     return partial(_norm, partial(clip, max_norm=1.0), parameters)
 
 

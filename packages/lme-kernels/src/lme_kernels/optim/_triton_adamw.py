@@ -34,9 +34,10 @@ def _count_kernel(table_ptr, found_inf_ptr, tensors, HAS_FOUND: tl.constexpr, BL
     mask = index < tensors
     step_ptr = tl.load(table_ptr + 6 * tensors + index, mask=mask, other=0)
     step_ptr = step_ptr.to(tl.pointer_type(tl.float32))
+    added = 1.0
     if HAS_FOUND:
-        mask = mask & (tl.load(found_inf_ptr) == 0)
-    tl.store(step_ptr, tl.load(step_ptr, mask=mask, other=0.0) + 1, mask=mask)
+        added = tl.where(tl.load(found_inf_ptr) == 0, 1.0, 0.0)
+    tl.store(step_ptr, tl.load(step_ptr, mask=mask, other=0.0) + added, mask=mask)
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def _random_words(begin, start, seed, key, step, BLOCK: tl.constexpr):
 @triton.jit
 def _update(
     parameter_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, begin, count, start, seed, key,
-    step, factor, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size,
+    step, factor, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size,
     bias_correction2_sqrt, PARAMETER: tl.constexpr, STOCHASTIC: tl.constexpr,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +99,7 @@ def _update(
         grad = _load(grad_ptr, offset, count, MASKED) * factor
         exp_avg = _load(exp_avg_ptr, offset, count, MASKED)
         exp_avg_sq = _load(exp_avg_sq_ptr, offset, count, MASKED)
-        exp_avg += one_minus_beta1 * (grad - exp_avg)
+        exp_avg = exp_avg * beta1 + one_minus_beta1 * grad
         exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad
         denominator = tl.sqrt(exp_avg_sq) / bias_correction2_sqrt + eps
         value -= step_size * (exp_avg / denominator)
@@ -121,6 +122,7 @@ def _adamw_kernel(
     log_beta1_low,
     log_beta2_high,
     log_beta2_low,
+    beta1,
     beta2,
     one_minus_beta1,
     one_minus_beta2,
@@ -171,13 +173,13 @@ def _adamw_kernel(
     for begin in range(0, whole, 4 * BLOCK):
         _update(
             parameter_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, begin, count, start, seed, key,
-            step, factor, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size,
+            step, factor, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size,
             bias_correction2_sqrt, PARAMETER, STOCHASTIC, False, BLOCK,
         )  # fmt: skip
     if whole < count:
         _update(
             parameter_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, whole, count, start, seed, key,
-            step, factor, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size,
+            step, factor, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size,
             bias_correction2_sqrt, PARAMETER, STOCHASTIC, True, BLOCK,
         )  # fmt: skip
 
@@ -218,7 +220,7 @@ def adamw(batch: AdamWBatch, settings: AdamWSettings) -> None:
         table.tensors,
         0.0 if has_lr else float(lr),
         *logs,
-        settings.betas[1],
+        *settings.betas,
         1 - settings.betas[0],
         1 - settings.betas[1],
         settings.eps,
