@@ -12,6 +12,7 @@ from lme_core.mixers.linear_attention import LinearAttentionConfig
 from lme_core.mixers.lstm import LSTMConfig
 from lme_core.mixers.m2rnn import M2RNNConfig
 from lme_core.mixers.mamba2 import Mamba2Config
+from lme_core.mixers.multihead_latent_attention import MultiheadLatentAttentionConfig
 from lme_core.mixers.rnn import RNNConfig
 from lme_core.mixers.softmax_attention import SoftmaxAttentionConfig
 
@@ -30,6 +31,7 @@ MixerConfig = Annotated[
     | Annotated[LSTMConfig, Tag("lstm")]
     | Annotated[M2RNNConfig, Tag("m2rnn")]
     | Annotated[Mamba2Config, Tag("mamba2")]
+    | Annotated[MultiheadLatentAttentionConfig, Tag("multihead_latent_attention")]
     | Annotated[RNNConfig, Tag("rnn")],
     Discriminator(_kind),
 ]
