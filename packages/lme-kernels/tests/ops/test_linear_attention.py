@@ -2,8 +2,15 @@ import pytest
 import torch
 
 from lme_kernels.functional import linear_attention
+from lme_kernels.ops.linear_attention import LINEAR_ATTENTION
+from lme_kernels.ops.linear_attention.settings import ChunkSettings, using_chunks
 from lme_kernels.packing import cu_seqlens_from_lengths
-from lme_kernels.testing import assert_matches
+from lme_kernels.testing import (
+    assert_matches,
+    check_against_reference,
+    device_for,
+    fused_backends,
+)
 
 # Empty sequences at both ends and in the middle; one past a chunk, one that fills it.
 LENGTHS = [0, 5, 4, 0, 9, 0]
@@ -138,3 +145,87 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_attention(**{**arguments, **change})
+
+
+def with_gradients_of_options(function, options):
+    """`function` with the named options as positional arguments after the inputs."""
+
+    def call(query, key, value, *given, backend, **others):
+        named = dict(zip(options, given, strict=True))
+        return function(query, key, value, **named, **others, backend=backend)
+
+    return call
+
+
+def check(backend, dtype, decay, packed, inclusive, shape, lengths, strength=0.2):
+    """Outputs, final states and gradients of every input against float64."""
+    heads, N, K, V = shape
+    tokens = (sum(lengths),) if packed else (len(lengths), lengths[0])
+    inputs = [torch.randn(*tokens, heads, K) for _ in range(2)] + [torch.randn(*tokens, N, V)]
+    names = ["initial_state"]
+    inputs.append(torch.randn(len(lengths), N, K, V))
+    if decay is not None:
+        names.append("log_decay")
+        channels = () if decay == "head" else (K,)
+        inputs.append(-torch.randn(*tokens, N, *channels).abs() * strength)
+    options = {"return_final_state": True, "inclusive": inclusive}
+    if packed:
+        options["cu_seqlens"] = cu_seqlens_from_lengths(torch.tensor(lengths))
+    call = with_gradients_of_options(linear_attention, names)
+    check_against_reference(call, inputs, options, backend=backend, dtype=dtype)
+
+
+FUSED = [
+    pytest.param(each, marks=[] if device_for(each).type == "cpu" else pytest.mark.gpu)
+    for each in fused_backends(LINEAR_ATTENTION)
+]
+
+
+@pytest.mark.parametrize(
+    ("decay", "inclusive", "strength"),
+    # Decays that leave nothing of the last token overflow where they are divided by.
+    [(None, False, 0.0), ("head", True, 0.2), ("head", False, 60.0), ("channel", True, 0.2),
+     ("channel", False, 60.0)],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_kernel_matches_float64_past_a_chunk(backend, decay, inclusive, strength):
+    # Channels are slow to interpret: one head, whose first sequence has two of the sub-chunks.
+    N, lengths = (1, [0, 18, 0, 3]) if decay == "channel" else (2, [0, 67, 0, 5])
+    check(backend, torch.float32, decay, True, inclusive, (1, N, 20, 24), lengths, strength)
+
+
+@pytest.mark.parametrize(("decay", "inclusive"), [(None, True), ("head", True), ("head", False)])
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_sequence_walked_in_one_go_matches_float64(backend, decay, inclusive):
+    with using_chunks("walk", ChunkSettings(16, 32, 16, 4, 2)):
+        check(backend, torch.float16, decay, False, inclusive, (1, 2, 20, 24), [37, 37])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [[2048, 2048], [2047, 0, 1, 65, 1983]], ids=["batch", "packed"])
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+def test_heads_of_models_match_float64(decay, lengths, dtype):
+    packed = lengths[0] != lengths[-1]
+    check("triton", dtype, decay, packed, True, (16, 16, 128, 128), lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (64, 128), (256, 256), (96, 200)])
+def test_heads_of_other_widths_match_float64(decay, K, V):
+    check("triton", torch.bfloat16, decay, False, True, (2, 8, K, V), [300, 300])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_heads_in_float32_match_float64(decay):
+    check("triton", torch.float32, decay, False, False, (4, 4, 128, 128), [300])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("walk", [False, True])
+def test_few_and_many_sequences_match_float64(walk):
+    # Four sequences and 32 heads are walked in one go; one of 4 heads is not.
+    lengths, N = ([700] * 4, 32) if walk else ([700], 4)
+    check("triton", torch.bfloat16, "head", False, True, (N, N, 128, 128), lengths)

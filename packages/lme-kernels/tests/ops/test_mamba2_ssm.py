@@ -2,8 +2,15 @@ import pytest
 import torch
 
 from lme_kernels.functional import mamba2_ssm
+from lme_kernels.ops.linear_attention.settings import ChunkSettings, using_chunks
+from lme_kernels.ops.mamba2_ssm import MAMBA2_SSM
 from lme_kernels.packing import cu_seqlens_from_lengths
-from lme_kernels.testing import assert_matches
+from lme_kernels.testing import (
+    assert_matches,
+    check_against_reference,
+    device_for,
+    fused_backends,
+)
 
 # Empty sequences at both ends and in the middle; one past a chunk, one that fills it.
 LENGTHS = [0, 5, 4, 0, 9, 0]
@@ -101,3 +108,51 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         mamba2_ssm(**{**arguments, **change})
+
+
+def check(backend, dtype, packed, sizes, lengths):
+    """Outputs, final states and gradients of every input against float64."""
+    heads, width, groups, channels = sizes
+    tokens = (sum(lengths),) if packed else (len(lengths), lengths[0])
+    inputs = (
+        torch.randn(*tokens, heads, width),
+        torch.rand(*tokens, heads) * 0.2,
+        -torch.rand(heads) - 0.5,
+        torch.randn(*tokens, groups, channels),
+        torch.randn(*tokens, groups, channels),
+        torch.randn(heads),
+        torch.randn(len(lengths), heads, width, channels),
+    )
+    options = {"return_final_state": True}
+    if packed:
+        options["cu_seqlens"] = cu_seqlens_from_lengths(torch.tensor(lengths))
+
+    def call(x, dt, A, B, C, D, initial_state, **others):
+        return mamba2_ssm(x, dt, A, B, C, D=D, initial_state=initial_state, **others)
+
+    check_against_reference(call, inputs, options, backend=backend, dtype=dtype)
+
+
+FUSED = [
+    pytest.param(each, marks=[] if device_for(each).type == "cpu" else pytest.mark.gpu)
+    for each in fused_backends(MAMBA2_SSM)
+]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_kernel_matches_float64_past_a_chunk(backend):
+    check(backend, torch.float16, True, (4, 24, 2, 20), [0, 67, 0, 5])
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_sequence_walked_in_one_go_matches_float64(backend):
+    with using_chunks("walk", ChunkSettings(16, 32, 16, 4, 2)):
+        check(backend, torch.float16, False, (2, 24, 1, 20), [37, 37])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[2048, 2048], [2047, 0, 1, 65, 1983]], ids=["batch", "packed"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_heads_of_models_match_float64(groups, lengths):
+    packed = lengths[0] != lengths[-1]
+    check("triton", torch.bfloat16, packed, (32, 64, groups, 128), lengths)
