@@ -1,9 +1,14 @@
+import time
+from random import Random
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lme_core.config import from_dict
 from lme_core.flops import count_parameters, device_peak_flops, flops_per_token
+from lme_core.training.throughput import Throughput
 from lme_kernels.policy import KernelArgs, KernelPolicy
 
 BASE = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2}
@@ -28,6 +33,34 @@ CASES = {
         },
         {"activation_function": "geglu", "add_bias": True},
         {"position_embedding_type": "learned_absolute", "normalization_function": "layernorm"},
+    ),
+    "experts, a gated shared one": (
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {
+            "mlp_type": "MoE",
+            "activation_function": "swiglu",
+            "intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 16,
+            "shared_expert_gating": True,
+        },
+        {},
+    ),
+    "side by side": (
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {"activation_function": "swiglu", "intermediate_size": 48},
+        {"model_type": "palm"},
+    ),
+    "ladder": (
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {"activation_function": "swiglu", "intermediate_size": 48},
+        {"model_type": "ladder_residual"},
+    ),
+    "shared keys": (
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {"activation_function": "swiglu", "intermediate_size": 48},
+        {"model_type": "gpt_crosslayer", "sharing_pattern": [0, 0]},
     ),
 }
 
@@ -56,6 +89,90 @@ def test_linear_layers_count_as_measured_and_causal_attention_at_half(mixer, mlp
     attention, linear = measured(config, S)
     # Causality leaves (S + 1) / 2 of S keys: half and one diagonal.
     assert flops_per_token(config, S) == pytest.approx(linear + attention * (S + 1) / (2 * S))
+
+
+def some_config(random):
+    """An architecture, its sizes, its layers and their windows by chance."""
+    heads = random.choice([1, 2, 4])
+    layers = random.randint(1, 4)
+
+    def attention():
+        return {
+            "num_attention_heads": 4,
+            "num_key_value_heads": heads,
+            "sliding_window": random.choice([None, 1, 3, 100]),
+            "attention_gate": random.random() < 0.3,
+            "qk_norm": random.random() < 0.3,
+        }
+
+    def mlp():
+        experts = random.randint(1, 6)
+        moe = {
+            "mlp_type": "MoE",
+            "num_experts": experts,
+            "num_experts_per_tok": random.randint(1, experts),
+            "shared_intermediate_size": random.choice([None, 8]),
+        }
+        kind = moe if random.random() < 0.5 else {"mlp_type": "MLP"}
+        activation = random.choice(["swiglu", "gelu", "relu_glu"])
+        return kind | {
+            "activation_function": activation,
+            "intermediate_size": random.randint(1, 40),
+        }
+
+    model_type = random.choice(["gpt_base", "palm", "ladder_residual", "gpt_crosslayer"])
+    fields = {}
+    if model_type == "gpt_crosslayer":
+        fields["sharing_pattern"] = [i // 2 * 2 for i in range(layers)]
+    return from_dict(
+        {
+            "model_type": model_type,
+            "vocab_size": random.randint(3, 90),
+            "hidden_size": 16,
+            "num_layers": layers,
+            "tie_word_embeddings": random.random() < 0.5,
+            "sequence_mixer_blocks": [attention() for _ in range(layers)],
+            "mlp_blocks": [mlp() for _ in range(layers)],
+            **fields,
+        }
+    )
+
+
+# A device does at least the products that are counted: whatever time it takes for them, the share
+# of its peak that a step reports is at most the share it worked at, and never above 1.
+@pytest.mark.parametrize("seed", range(40))
+def test_no_model_counts_more_than_is_computed(seed):
+    random = Random(seed)
+    config, S = some_config(random), random.randint(1, 24)
+    attention, linear = measured(config, S)
+    counted = flops_per_token(config, S)
+    assert counted <= (attention + linear) * (1 + 1e-12)
+    # And no less than all linear layers.
+    assert counted >= linear * (1 - 1e-12)
+    throughput = Throughput(
+        num_devices=1, flops_per_token=counted, device_peak_flops=(attention + linear) * 1e3
+    )
+    # 1000 tokens in a second keep a device of that peak busy for all of it.
+    report = SimpleNamespace(tokens=1000, started=time.perf_counter() - 1.0, data_wait_seconds=0.0)
+    throughput.add(report)
+    assert 0 < throughput.read()["mfu"] <= 1
+
+
+def test_active_parameters_leave_out_the_experts_not_chosen():
+    moe = {
+        "mlp_type": "MoE",
+        "activation_function": "swiglu",
+        "intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "add_bias": True,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = {"mlp_type": "MLP", "activation_function": "gelu", "intermediate_size": 4}
+    blocks = {"sequence_mixer_blocks": [heads], "mlp_blocks": [moe, dense]}
+    count = count_parameters(from_dict(BASE | blocks))
+    expert = 3 * 24 * 32 + 2 * 24 + 32
+    assert count.total - count.active == 4 * expert
 
 
 def test_a_window_counts_what_it_shows():
