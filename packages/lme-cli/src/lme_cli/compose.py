@@ -98,6 +98,7 @@ def compose(
         runtime.named_parameters(),
         parameter_traits(model),
         plan.model_config.m_width,
+        kernels,
     )
     steps = run.training_parameters.num_training_steps
     schedule = build_schedule(run.lr_scheduler_args, optimizer, steps)

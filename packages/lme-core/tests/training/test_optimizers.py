@@ -12,6 +12,9 @@ from lme_core.training.optimizers import (
     build_optimizer,
     step_optimizer,
 )
+from lme_kernels import device
+from lme_kernels.optim import AdamW
+from lme_kernels.policy import KernelArgs, KernelPolicy
 
 UNION = get_args(OptimizerArgs)[0]
 KINDS = {
@@ -147,6 +150,38 @@ def test_the_fused_update_is_taken_unless_the_file_says_otherwise(tiny_traits):
     for refused in (AdamWClassArgs(fused=False), AdamWClassArgs(foreach=True)):
         other = build_optimizer(TorchAdamWArgs(class_args=refused), named, tiny_traits(named))
         assert not any(group["fused"] for group in other.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("entries", "class_args", "is_own"),
+    [
+        (["adamw@triton"], {}, True),
+        (["adamw@torch"], {}, False),
+        ([], {}, False),
+        (["adamw@triton"], {"amsgrad": True}, False),
+        (["adamw@triton"], {"foreach": True}, False),
+    ],
+)
+def test_kernel_args_choose_the_update_of_adamw(entries, class_args, is_own, tiny_traits):
+    kernels = KernelPolicy.from_args(KernelArgs(kernels=entries))
+    args = TorchAdamWArgs(class_args=AdamWClassArgs(lr=1e-2, **class_args))
+    named, plain = parameters(), parameters()
+    chosen = build_optimizer(args, named, tiny_traits(named), None, kernels)
+    assert isinstance(chosen, AdamW) == is_own
+    if not is_own or device.why_unavailable("triton", "cpu") is not None:
+        return
+    torchs = build_optimizer(args, plain, tiny_traits(plain))
+    for step in range(3):
+        for tensors in (named, plain):
+            give_gradients(tensors, step)
+        step_optimizer(chosen, torch.tensor(1.0))
+        step_optimizer(torchs, torch.tensor(1.0))
+    # Not counted, as its norm was not finite.
+    step_optimizer(chosen, torch.tensor(float("nan")))
+    for each in named:
+        # Three updates in another order of rounding.
+        torch.testing.assert_close(named[each], plain[each], rtol=1e-6, atol=1e-7)
+        assert chosen.state[named[each]]["step"] == 3
 
 
 @pytest.mark.parametrize("name", ["TorchAdamW", "TorchSGD", "TorchRMSprop"])

@@ -6,6 +6,8 @@ from types import MappingProxyType
 from typing import Any
 
 NAMES: tuple[str, ...] = (
+    # An optimizer's update.
+    "adamw",
     "attention",
     "causal_conv1d",
     "continuous_count",

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lme_core.training.optimizer_args import OptimizerArgs, TorchAdamWArgs, TorchLBFGSArgs
+from lme_kernels.optim.adamw import ADAMW, AdamW
+from lme_kernels.policy import KernelPolicy
 
 __all__ = [
     "OptimizerArgs",
@@ -109,17 +111,21 @@ def build_optimizer(
     named_parameters: Mapping[str, Parameter],
     traits: Mapping[str, Traits],
     m_width: float | None = None,
+    kernels: KernelPolicy | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a run.
 
     Where `fused` and `foreach` are null and every parameter is on a device with a fused update,
-    that is taken: it is as fast as any, and it can skip a step without asking the host.
+    that is taken: it is as fast as any, and it can skip a step without asking the host. TorchAdamW
+    then takes this project's own, whose state is the same, if `kernels` names it or it is proven
+    there.
 
     Args:
         args: `optimizer_args` of the run file.
         named_parameters: What it updates, by fully qualified name.
         traits: What the model says about each of these names.
         m_width: Width multiplier of the model; needed by mup.
+        kernels: What the run's `kernel_args` say about `adamw`; `None` for torch's.
 
     Returns:
         A torch optimizer whose groups carry `name` and `param_names`.
@@ -144,7 +150,26 @@ def build_optimizer(
         devices = {parameter.device.type for parameter in named_parameters.values()}
         if settings["foreach"] is None and devices <= _FUSED_DEVICES:
             settings["fused"] = True
+            if kernels is not None and isinstance(args, TorchAdamWArgs):
+                own = _own_adamw(groups, settings, kernels.choice(ADAMW.name).backend)
+                if own is not None:
+                    return own
     return light_class(args.torch_class)(groups, **settings)
+
+
+def _own_adamw(
+    groups: list[dict[str, Any]], settings: Mapping[str, Any], backend: str | None
+) -> torch.optim.Optimizer | None:
+    """This project's AdamW; `None` if torch's is wanted or better proven, or has what it has not."""
+    if settings["amsgrad"] or backend == "torch":
+        return None
+    if backend is None:
+        first = groups[0]["params"][0].detach()
+        # Gradients are like parameters, and means are float32.
+        if ADAMW.choose(None, first, first, first.float()) is ADAMW.reference:
+            return None
+    taken = ("lr", "betas", "eps", "weight_decay", "maximize")
+    return AdamW(groups, **{name: settings[name] for name in taken}, backend=backend)
 
 
 def light_class(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
