@@ -385,7 +385,7 @@ def walk_states(
         REVERSE=reverse,
         INCLUSIVE=inclusive,
         PRECISION=precision_of(value.dtype),
-        C=settings.chunk,
+        C=slots.chunk,
         BLOCK_K=settings.block_key,
         BLOCK_V=settings.block_value,
         num_warps=settings.num_warps,

@@ -1,9 +1,11 @@
 """Launch settings of chunked recurrences: rules by shape, and settings fixed by hand."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import product
+from types import MappingProxyType
 
 import torch
 
@@ -11,6 +13,8 @@ from lme_kernels._triton_chunks import block_of
 
 # Programs below which walking a sequence in one go leaves a GPU idle.
 WALKING_PROGRAMS = 96
+# Bytes that a program may have on the smallest GPU that the kernels are made for.
+SHARED_BYTES = 200 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +22,8 @@ class ChunkSettings:
     """How a kernel over chunks is launched."""
 
     chunk: int
-    """Tokens of a chunk, a power of two, at least 16. Kernels that hand each other something a
-    chunk must have the same: `states` and `outputs` of a call, `states` and `gradients`."""
+    """Tokens of a chunk, a power of two, at least 16. "states" and "keys" take that of the kernel
+    that they work for: "outputs" or "gradients"."""
     block_key: int
     """Rows of the state that a program holds, a power of two."""
     block_value: int
@@ -31,7 +35,9 @@ class ChunkSettings:
 
 
 # What `using_chunks` fixes, for the launches of one thread or task.
-FIXED: ContextVar[tuple[str, ChunkSettings] | None] = ContextVar("lme_kernels_chunks", default=None)
+FIXED: ContextVar[Mapping[str, ChunkSettings]] = ContextVar(
+    "lme_kernels_chunks", default=MappingProxyType({})
+)
 
 
 def chunk_settings(
@@ -51,8 +57,8 @@ def chunk_settings(
         The settings. Nothing is measured here.
     """
     fixed = FIXED.get()
-    if fixed is not None and fixed[0] == kernel:
-        return fixed[1]
+    if kernel in fixed:
+        return fixed[kernel]
     key, value = block_of(K), block_of(V)
     exact = dtype == torch.float32
     chunk = min(32 if exact else 64, block_of(tokens))
@@ -86,24 +92,35 @@ def chunk_candidates(kernel: str, dtype: torch.dtype, K: int, V: int) -> list[Ch
         V: Channels of a value.
 
     Returns:
-        Chunks, blocks, warps and stages that the shared memory of a program can hold.
+        Chunks, blocks, warps and stages that a program's shared memory and registers can hold.
     """
     key, value = block_of(K), block_of(V)
     bytes_each = 4 if dtype == torch.float32 else 2
+    free = kernel in ("states", "keys")
     found = []
-    for chunk in (32, 64, 128):
-        for block_key in (32, 64, 128, 256) if kernel in ("states", "keys") else (key,):
-            for block_value in (16, 32, 64, 128):
-                if block_key > key or block_value > value:
-                    continue
-                tokens, state = chunk * (block_key + block_value), block_key * block_value
-                for num_stages in (1, 2, 3):
-                    held = bytes_each * (2 * tokens + num_stages * (tokens + 2 * state))
-                    found += [
-                        ChunkSettings(chunk, block_key, block_value, num_warps, num_stages)
-                        for num_warps in (4, 8)
-                        if held <= 220 * 1024
-                    ]
+    for chunk, block_key, block_value, num_warps, num_stages in product(
+        (64,) if free else (32, 64, 128),
+        (32, 64, 128) if free else (key,),
+        (16, 32, 64, 128),
+        (4, 8),
+        (1,) if kernel == "outputs" else (2, 3, 4) if kernel == "states" else (1, 2, 3),
+    ):
+        # What a stage loads, beside the queries and keys of a chunk and the gradients of scores.
+        state = block_key * block_value
+        loaded = chunk * (2 * block_value if kernel == "gradients" else block_value)
+        loaded += 2 * state if kernel == "gradients" else chunk * block_key
+        held = bytes_each * (2 * chunk * (block_key + chunk) + state + num_stages * loaded)
+        accumulated = state + chunk * (block_value + chunk)
+        if kernel == "gradients":
+            accumulated += 2 * chunk * block_key
+        if (
+            block_key <= key
+            and block_value <= value
+            and held <= SHARED_BYTES
+            # More than 200 float32 numbers a thread spill; fewer than 16 leave it idle.
+            and 16 * 32 * num_warps <= accumulated <= 200 * 32 * num_warps
+        ):
+            found.append(ChunkSettings(chunk, block_key, block_value, num_warps, num_stages))
     return found
 
 
@@ -115,8 +132,8 @@ def walks(rows: int, V: int) -> bool:
         V: Channels of a value.
     """
     fixed = FIXED.get()
-    if fixed is not None:
-        return fixed[0] == "walk"
+    if "walk" in fixed or "outputs" in fixed:
+        return "walk" in fixed
     return rows * (block_of(V) // min(block_of(V), 32)) >= WALKING_PROGRAMS
 
 
@@ -124,7 +141,7 @@ def walks(rows: int, V: int) -> bool:
 def using_chunks(kernel: str, settings: ChunkSettings) -> Iterator[None]:
     """Launch one kernel with given settings inside a `with` block, in this thread only.
 
-    It decides too whether a sequence is walked in one go: where "walk" is given, and nowhere else.
+    Settings of "walk" or of "outputs" decide too whether a sequence is walked in one go.
 
     Args:
         kernel: As in `chunk_settings`.
@@ -133,7 +150,7 @@ def using_chunks(kernel: str, settings: ChunkSettings) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    token = FIXED.set((kernel, settings))
+    token = FIXED.set({**FIXED.get(), kernel: settings})
     try:
         yield
     finally:
