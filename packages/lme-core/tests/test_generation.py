@@ -27,6 +27,8 @@ MIXERS = {
         "attention_gate": True,
         "exclusive_self_attention": True,
         "sliding_window": 5,
+        "attention_softcap": 2.0,
+        "attention_sinks": True,
     },
 }
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16], [1]]

@@ -284,6 +284,16 @@ def test_shapes_are_those_of_the_seed_system(build_mixer):
     }
 
 
+@every_case
+def test_flops_are_those_of_the_products(config, build_mixer):
+    mixer = build_mixer(config, position_embedding_type=positions(config))
+    settings = decoder(config).config
+    linear = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, torch.nn.Linear))
+    seen = sum(min(t + 1, config.sliding_window or 9) for t in range(9)) / 9
+    pairs = N * (D + (config.rope_head_dim or 0) + config.value_size())
+    assert config.forward_flops(settings, 9) == pytest.approx(2 * linear + 2 * pairs * seen)
+
+
 def test_dropouts_are_functions_of_the_key(build_mixer, random_input):
     x = random_input()
     index = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])

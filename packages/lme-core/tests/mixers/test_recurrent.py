@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lme_core.architectures.gpt_base import GPTBaseConfig
 from lme_core.generation import generate, left_pad, next_logits
@@ -405,3 +406,48 @@ def test_decay_gates_start_where_their_settings_say():
     assert (step < 1.0001e-3).double().mean() == pytest.approx(1 / 3, abs=0.03)
     above = step[step > 1.0001e-3].log()
     assert above.mean() == pytest.approx(torch.tensor([1e-3, 0.1]).log().mean().item(), abs=0.08)
+
+
+# Multiplications and additions with the state of one token: by head, by product.
+STATE_PRODUCTS = {
+    # Written and read: 4 channels by 3 of the state in 2 heads.
+    "mamba2": 2 * (4 * 3 + 4 * 3),
+    # What is held at the key, written, read: 3 by 2 in 2 heads.
+    "gated_deltanet": 2 * 3 * (3 * 2),
+    # One matrix, three, four, of 3 by 3 in 2 heads.
+    "rnn": 2 * 9,
+    "gru": 2 * 3 * 9,
+    "lstm": 2 * 4 * 9,
+    "linear_attention": 2 * 2 * (3 * 2),
+    # The state times a matrix of 2 by 2, written, read.
+    "m2rnn": 2 * (3 * 2 * 2 + 3 * 2 + 3 * 2),
+    "causal_convolution": 0,
+}
+
+
+@pytest.mark.parametrize(("name", "config"), CONFIGS.items(), ids=CONFIGS)
+def test_flops_are_those_of_the_products(name, config, build_mixer):
+    mixer = build_mixer(config)
+    # Each weight of a linear layer or a convolution is one multiplication and one addition a token.
+    weights = [m.weight for m in mixer.modules() if isinstance(m, torch.nn.Linear)]
+    if mixer.convolution is not None:
+        weights.append(mixer.convolution.weight)
+    expected = 2 * (sum(weight.numel() for weight in weights) + STATE_PRODUCTS[name])
+    settings = GPTBaseConfig(
+        hidden_size=12, position_embedding_type="nope", sequence_mixer_blocks=(config,)
+    )
+    assert [config.forward_flops(settings, S) for S in (1, 1000)] == [expected] * 2
+
+
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_flops_are_those_that_torch_counts(name, build_mixer, random_input):
+    config = CONFIGS[name]
+    mixer = build_mixer(config)
+    with FlopCounterMode(display=False) as counter:
+        mixer(random_input(2, 5), NONE, None)
+    settings = GPTBaseConfig(
+        hidden_size=12, position_embedding_type="nope", sequence_mixer_blocks=(config,)
+    )
+    # The depthwise convolution is made of elementwise products, which the counter leaves out.
+    convolution = 0 if mixer.convolution is None else 2 * mixer.convolution.weight.numel()
+    assert counter.get_total_flops() / 10 == config.forward_flops(settings, 5) - convolution
