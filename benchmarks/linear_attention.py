@@ -126,77 +126,75 @@ def convolution() -> Callable[..., Tensor]:
     return call
 
 
-def make_cases(shape: Shape, wide: int) -> dict[str, Callable[[], Case]]:
-    """Cases by name, made when they are timed.
+def with_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return linear_attention(q, k, v, log_decay=g, backend="triton")
 
-    Args:
-        shape: Of linear attention and the delta rule.
-        wide: Channels of a head in Mamba, of which there are as many as fill the same width.
-    """
-    elements = shape.B * shape.S * shape.H * shape.D
-    half = Shape(shape.B, shape.S, shape.H * shape.D // wide, wide)
 
-    def qkv() -> list[Tensor]:
-        return [shape.heads() for _ in range(3)]
+def three(shape: Shape) -> list[Tensor]:
+    return [shape.heads() for _ in range(3)]
 
-    def head() -> Case:
-        def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-            return linear_attention(q, k, v, log_decay=g, backend="triton")
 
-        inputs = [*qkv(), shape.decay()]
-        return Case("linear_attention, decay a head", inputs, ours, {"fla": simple_gla}, elements)
+def head(shape: Shape) -> Case:
+    inputs = [*three(shape), shape.decay()]
+    peers = {"fla": simple_gla}
+    return Case("linear_attention, decay a head", inputs, with_decay, peers, inputs[2].numel())
 
-    def channel() -> Case:
-        def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-            return linear_attention(q, k, v, log_decay=g, backend="triton")
 
-        inputs = [*qkv(), shape.decay(shape.D)]
-        return Case("linear_attention, decay a channel", inputs, ours, {"fla": gla}, elements)
+def channel(shape: Shape) -> Case:
+    inputs = [*three(shape), shape.decay(shape.D)]
+    return Case(
+        "linear_attention, decay a channel", inputs, with_decay, {"fla": gla}, inputs[2].numel()
+    )
 
-    def none() -> Case:
-        def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return linear_attention(q, k, v, backend="triton")
 
-        return Case("linear_attention, no decay", qkv(), ours, {"fla": plain}, elements)
+def none(shape: Shape) -> Case:
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(q, k, v, backend="triton")
 
-    def mamba() -> Case:
-        def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-            return mamba2_ssm(x, dt, A, B, C, D=D, backend="triton")
+    inputs = three(shape)
+    return Case("linear_attention, no decay", inputs, ours, {"fla": plain}, inputs[2].numel())
 
-        inputs = [
-            half.heads(),
-            half.decay().abs(),
-            -torch.rand(half.H, device="cuda") - 0.5,
-            half.normal(1, 128),
-            half.normal(1, 128),
-            torch.randn(half.H, device="cuda"),
-        ]
-        peers = {"fla": shared_simple_gla, "mamba_ssm": mamba_ssm}
-        return Case("mamba2_ssm", inputs, ours, peers, elements)
 
-    def delta() -> Case:
-        def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-            return gated_delta_rule(q, k, v, g, beta, backend="triton")
+def mamba(shape: Shape) -> Case:
+    """Heads of 64, as many as fill the width, that share one group of 128."""
 
-        inputs = [*qkv(), shape.decay(), shape.normal(shape.H).sigmoid()]
-        return Case("gated_delta_rule", inputs, ours, {"fla": delta_rule}, elements)
+    def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        return mamba2_ssm(x, dt, A, B, C, D=D, backend="triton")
 
-    def conv() -> Case:
-        C = shape.H * shape.D
+    shape = Shape(shape.B, shape.S, shape.H * shape.D // 64, 64)
+    inputs = [
+        shape.heads(),
+        shape.decay().abs(),
+        -torch.rand(shape.H, device="cuda") - 0.5,
+        shape.normal(1, 128),
+        shape.normal(1, 128),
+        torch.randn(shape.H, device="cuda"),
+    ]
+    peers = {"fla": shared_simple_gla, "mamba_ssm": mamba_ssm}
+    return Case("mamba2_ssm", inputs, ours, peers, inputs[0].numel())
 
-        def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return causal_conv1d(x, weight, bias, activation="silu", backend="triton")
 
-        inputs = [
-            shape.normal(C),
-            torch.randn(C, 4, device="cuda", dtype=torch.bfloat16),
-            torch.randn(C, device="cuda", dtype=torch.bfloat16),
-        ]
-        return Case("causal_conv1d, silu", inputs, ours, {"fla": convolution}, elements)
+def delta(shape: Shape) -> Case:
+    def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        return gated_delta_rule(q, k, v, g, beta, backend="triton")
 
-    return {
-        "head": head, "channel": channel, "none": none, "mamba": mamba, "delta": delta, "conv": conv,
-    }  # fmt: skip
+    inputs = [*three(shape), shape.decay(), shape.normal(shape.H).sigmoid()]
+    return Case("gated_delta_rule", inputs, ours, {"fla": delta_rule}, inputs[2].numel())
+
+
+def conv(shape: Shape) -> Case:
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return causal_conv1d(x, weight, bias, activation="silu", backend="triton")
+
+    C = shape.H * shape.D
+    weight = torch.randn(C, 4, device="cuda", dtype=torch.bfloat16)
+    inputs = [shape.normal(C), weight, torch.randn_like(weight[:, 0])]
+    return Case("causal_conv1d, silu", inputs, ours, {"fla": convolution}, inputs[0].numel())
+
+
+CASES: dict[str, Callable[[Shape], Case]] = {
+    each.__name__: each for each in (head, channel, none, mamba, delta, conv)
+}
 
 
 class Timer:
@@ -263,7 +261,7 @@ def report(case: Case, timer: Timer) -> None:
             with torch.no_grad():
                 apart = difference(case.ours(*case.inputs), function(*case.inputs))
             notes.append(f"{name} differs by {apart:.1e}")
-        except Exception as error:  # noqa: BLE001 - a peer may fail in any way
+        except Exception as error:
             notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
     for index, (direction, moved) in enumerate(
         (("fwd", case.bytes_forward), ("fwd+bwd", case.bytes_both))
@@ -283,9 +281,6 @@ def tune(kernels: list[str], shape: Shape, timer: Timer) -> None:
     inputs = [*(shape.heads() for _ in range(3)), shape.decay()]
     rows = shape.B * shape.H
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        return linear_attention(q, k, v, log_decay=g, backend="triton")
-
     for kernel in kernels:
         found = []
         default = chunk_settings(kernel, torch.bfloat16, shape.D, shape.D, rows, shape.S)
@@ -295,10 +290,10 @@ def tune(kernels: list[str], shape: Shape, timer: Timer) -> None:
                 with using_chunks(kernel, settings):
                     if kernel in ("walk", "outputs"):
                         with torch.no_grad():
-                            _, ms = timer(lambda: ours(*inputs))
+                            _, ms = timer(lambda: with_decay(*inputs))
                     else:
-                        _, ms = timer(both_ways(ours, inputs))
-            except Exception as error:  # noqa: BLE001 - what cannot be launched is left out
+                        _, ms = timer(both_ways(with_decay, inputs))
+            except Exception as error:
                 print(f"{kernel} {settings}: {type(error).__name__}", flush=True)
                 continue
             found.append((ms, settings))
@@ -310,7 +305,7 @@ def tune(kernels: list[str], shape: Shape, timer: Timer) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smaller shape, fewer repeats")
-    parser.add_argument("--only", nargs="*", default=None, help="names of cases")
+    parser.add_argument("--only", nargs="*", default=None, choices=list(CASES))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--width", type=int, default=128, help="channels of a head")
     parser.add_argument("--heads", type=int, default=16)
@@ -328,12 +323,12 @@ def main() -> None:
         return
     print("| op | | ours ms | GB/s | first call s | others ms (first call), times ours |")
     print("| --- " * 6 + "|")
-    for name, make in make_cases(shape, 64).items():
+    for name, make in CASES.items():
         if given.only is not None and name not in given.only:
             continue
         try:
-            report(make(), timer)
-        except Exception as error:  # noqa: BLE001 - the other rows are worth having
+            report(make(shape), timer)
+        except Exception as error:
             print(f"| {name} | | {type(error).__name__}: {str(error)[:300]!r} | | | |", flush=True)
         torch.cuda.empty_cache()
 
