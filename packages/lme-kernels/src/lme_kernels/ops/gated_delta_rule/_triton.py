@@ -164,7 +164,7 @@ def _prepare(
 ):
     K = query.shape[-1]
     settings = delta_settings("prepare", query.dtype, K, 0, 0)
-    prepare_kernel[(shared["N"], slots.count)](
+    prepare_kernel[(shared["N"] * slots.count,)](
         query,
         key,
         log_decay.contiguous(),
@@ -195,7 +195,7 @@ def _walk(
     if slots.sequences == 0:
         return
     settings = delta_settings("forward", query.dtype, K, V, slots.sequences * N)
-    forward_kernel[(ceil_div(V, settings.block), N, slots.sequences)](
+    forward_kernel[(ceil_div(V, settings.block) * N * slots.sequences,)](
         query,
         key,
         value,
@@ -269,7 +269,7 @@ def _backward(
     )  # fmt: skip
     if slots.sequences > 0:
         settings = delta_settings("backward", dtype, K, V, slots.sequences * N)
-        backward_kernel[(ceil_div(V, settings.block), N, slots.sequences)](
+        backward_kernel[(ceil_div(V, settings.block) * N * slots.sequences,)](
             query,
             key,
             grad_y,
@@ -295,7 +295,7 @@ def _backward(
         )
     if grad_y.numel() > 0:
         settings = delta_settings("inputs", dtype, K, V, slots.sequences * N)
-        inputs_kernel[(N, slots.count)](
+        inputs_kernel[(N * slots.count,)](
             query,
             key,
             value,

@@ -136,7 +136,7 @@ def prepare_kernel(
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    head, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, slot = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
     if length <= 0:
         return

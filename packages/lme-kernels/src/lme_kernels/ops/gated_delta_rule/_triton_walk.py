@@ -26,6 +26,14 @@ def _split_product(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _place(N: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """First column, head and sequence of this program; those of one sequence run side by side."""
+    blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    return program % blocks * BLOCK_V, program // blocks % N, program // (blocks * N)
+
+
+@triton.jit
 def _square(ptr, index, C: tl.constexpr):
     row = tl.arange(0, C)
     return tl.load(ptr + index * (C * C) + row[:, None] * C + row[None, :])
@@ -71,7 +79,7 @@ def forward_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Walk forwards; `OUTPUT` gives the result and last states, `KEEP` what the backward needs."""
-    column, head, sequence = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
+    column, head, sequence = _place(N, V, BLOCK_V)
     start, length, base = sequence_of(cu_ptr, first_ptr, sequence, S, C, PACKED)
     query_ptr += (head // QUERY_GROUP).to(tl.int64) * query_head_stride
     key_ptr += (head // KEY_GROUP).to(tl.int64) * key_head_stride
@@ -152,7 +160,7 @@ def backward_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Walk backwards: gradients of states, values, and of `diag(beta) X` as `grad_scaled`."""
-    column, head, sequence = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
+    column, head, sequence = _place(N, V, BLOCK_V)
     start, length, base = sequence_of(cu_ptr, first_ptr, sequence, S, C, PACKED)
     query_ptr += (head // QUERY_GROUP).to(tl.int64) * query_head_stride
     key_ptr += (head // KEY_GROUP).to(tl.int64) * key_head_stride

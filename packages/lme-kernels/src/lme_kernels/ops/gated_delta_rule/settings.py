@@ -60,7 +60,7 @@ def delta_settings(kernel: str, dtype: torch.dtype, K: int, V: int, rows: int) -
     if kernel == "inputs":
         if exact:
             return DeltaSettings(16, 8, 1)
-        return DeltaSettings(min(value, 32), 8 if key <= 128 else 16, 2)
+        return DeltaSettings(min(value, 64 if key == 128 else 32), 8 if key <= 128 else 16, 2)
     if exact:
         return DeltaSettings(16, 8, 1)
     # Wide blocks read keys less often, narrow ones give every multiprocessor something to walk.
