@@ -5,12 +5,47 @@ import torch
 
 from lme_parallel.equality import compare_layout
 
+HYBRID = {
+    "zero_topology": {
+        "data_parallel_replication_world_size": 2,
+        "data_parallel_sharding_world_size": 2,
+    }
+}
 LAYOUTS = {
+    "stage 3": ({"stage": 3}, 4),
+    "stage 2": ({"stage": 2}, 2),
+    "stage 1": ({"stage": 1}, 4),
+    "stage 0": ({"stage": 0}, 2),
+    "algorithm 3": ({"stage": 3, "fsdp_algorithm": 3}, 2),
+    "hybrid stage 3": ({"stage": 3, **HYBRID}, 4),
+    "hybrid stage 1": ({"stage": 1, **HYBRID}, 4),
+    "DDP": ({"stage": 0, "fsdp_algorithm": None}, 4),
+    "FSDP 1 stage 0": ({"stage": 0, "fsdp_algorithm": 1}, 2),
+    "FSDP 1 stage 1": ({"stage": 1, "fsdp_algorithm": 1}, 2),
+    "FSDP 1 stage 2": ({"stage": 2, "fsdp_algorithm": 1}, 4),
+    "FSDP 1 stage 3": ({"stage": 3, "fsdp_algorithm": 1}, 4),
+    "FSDP 1 hybrid": ({"stage": 3, "fsdp_algorithm": 1, **HYBRID}, 4),
+}
+# What each way of placing parameters is tried with besides.
+PLACEMENTS = {
     "stage 3": {"stage": 3},
-    "stage 2": {"stage": 2},
     "stage 1": {"stage": 1},
-    "stage 0": {"stage": 0},
     "DDP": {"stage": 0, "fsdp_algorithm": None},
+    "FSDP 1": {"stage": 3, "fsdp_algorithm": 1},
+}
+VARIANTS = {
+    "one micro batch": {"accumulation": 1},
+    "tied": {"options": {"is_tied": True}},
+    "recompute": {"settings": {"gradient_checkpointing_method": "full"}},
+    "reentrant": {
+        "settings": {
+            "gradient_checkpointing_method": "full",
+            "gradient_checkpointing_args": {"use_reentrant": True},
+        }
+    },
+    "compile": {"settings": {"torch_compile": True}},
+    "sync every step": {"settings": {"sync_every_gradient_accumulation_step": True}},
+    "sync at the end": {"settings": {"sync_every_gradient_accumulation_step": False}},
 }
 # Norm of the difference over the norm: sums over ranks are taken in another order.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
@@ -24,7 +59,21 @@ def check(found, dtype):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_layout_computes_what_one_process_computes(name, world_size):
-    found = compare_layout(LAYOUTS[name], world_size, options={"dropout": 0.2})
+def test_a_layout_computes_what_one_process_computes(name):
+    settings, world_size = LAYOUTS[name]
+    found = compare_layout(settings, world_size, options={"dropout": 0.2})
     check(found, torch.float64)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_so_does_fp32(name):
+    found = compare_layout(PLACEMENTS[name], 2, dtype=torch.float32, options={"dropout": 0.2})
+    check(found, torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_so_it_does_with_other_settings(name, variant):
+    chosen = {"settings": {}, **VARIANTS[variant]}
+    settings = {**PLACEMENTS[name], **chosen.pop("settings")}
+    check(compare_layout(settings, 2, steps=2, **chosen), torch.float64)

@@ -86,27 +86,39 @@ def place_over(
             communication_dtype=communication,
             overlap=not args.gradient_checkpointing_args.use_reentrant,
         )
+    low = is_low(dtype)
+    options = {
+        "stage": args.stage,
+        "compute_dtype": dtype if low else None,
+        "reduce_dtype": torch.float32 if low and communication is None else communication,
+        # There is nowhere else to keep parameters where the CPU computes.
+        "offload": args.cpu_offload and device.type != "cpu",
+    }
+    if args.fsdp_algorithm == 1:
+        from lme_parallel.flat import FlatParameters, wrap_model  # noqa: PLC0415 (slow to load)
+
+        # Without a sum in each micro step gradients would be added up in low precision.
+        sync = args.sync_every_gradient_accumulation_step is not False
+        if not sync and low:
+            logger.warning(
+                "`sync_every_gradient_accumulation_step: false` with `fsdp_algorithm: 1` adds"
+                " gradients up in low precision; use `fsdp_algorithm: 2`"
+            )
+        wrapped = wrap_model(model, mesh.sharding, device=device, **options)
+        is_owner = mesh.root.get_local_rank("replicate") == 0
+        return FlatParameters(wrapped, initial_value, is_owner=is_owner, sync_every_step=sync)
     from lme_parallel.sharded import (  # noqa: PLC0415 (slow to load; for several processes)
         ShardedParameters,
         adopt_values,
         shard_model,
     )
 
-    low = is_low(dtype)
-    shard_model(
-        model,
-        blocks.values(),
-        mesh.sharding,
-        stage=args.stage,
-        compute_dtype=dtype if low else None,
-        reduce_dtype=torch.float32 if low and communication is None else communication,
-        offload=args.cpu_offload,
-    )
+    shard_model(model, blocks.values(), mesh.sharding, **options)
     materialize(
         model,
         device,
         initial_value,
-        parameter_device=torch.device("cpu") if args.cpu_offload else None,
+        parameter_device=torch.device("cpu") if options["offload"] else None,
     )
     adopt_values(model)
     return ShardedParameters(model, stage=args.stage, sync_every_step=syncs_every_step(args))

@@ -32,6 +32,10 @@ class Placement(Protocol):
         """Return plain local tensors, fp32 or wider, that the optimizer updates."""
         ...
 
+    def named_buffers(self) -> Mapping[str, Tensor]:
+        """Return the buffers that are saved with the model."""
+        ...
+
     def shards(self) -> Mapping[str, Shard]:
         """Return which part of each parameter is here."""
         ...
@@ -75,6 +79,10 @@ class WholeParameters:
         """Return the parameters, or their masters."""
         return self._parameters
 
+    def named_buffers(self) -> Mapping[str, Tensor]:
+        """Return the buffers that are saved."""
+        return saved_buffers(self._model)
+
     def shards(self) -> Mapping[str, Shard]:
         """Return that all is here."""
         return {name: whole(each.shape) for name, each in self._parameters.items()}
@@ -107,3 +115,13 @@ def drop_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     """Free the gradients of parameters."""
     for parameter in parameters.values():
         parameter.grad = None
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are part of a model's state, by name."""
+    return {name: each for name, each in model.named_buffers() if _is_saved(model, name)}
+
+
+def _is_saved(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(owner)._non_persistent_buffers_set

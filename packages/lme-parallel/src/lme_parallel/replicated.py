@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
-from lme_parallel.placement import Masters, drop_gradients
+from lme_parallel.placement import Masters, drop_gradients, saved_buffers
 from lme_parallel.shards import Shard, whole
 
 BUCKET_BYTES = 25 * 2**20
@@ -74,6 +74,10 @@ class ReplicatedParameters:
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the parameters, or their masters."""
         return self._parameters
+
+    def named_buffers(self) -> Mapping[str, Tensor]:
+        """Return the buffers that are saved."""
+        return saved_buffers(self._model)
 
     def shards(self) -> Mapping[str, Shard]:
         """Return that all is here, and that the first process speaks for it."""

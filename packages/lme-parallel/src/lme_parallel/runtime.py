@@ -109,9 +109,7 @@ class DistributedRuntime:
 
     def named_buffers(self) -> Mapping[str, Tensor]:
         """Return the buffers that are saved with the model, by name."""
-        return {
-            name: each for name, each in self.model.named_buffers() if _is_saved(self.model, name)
-        }
+        return self._placement.named_buffers()
 
     def forward_backward(self, objective: Objective, batches: Sequence[Batch]) -> StepSums:
         """Leave the gradients of the globally normalised loss on `named_parameters()`.
@@ -281,8 +279,3 @@ def _mean_loss(sums: Any, counts: Mapping[str, Tensor]) -> Tensor:  # the object
         if term.weight:
             loss = loss + term.weight * (term.total / counts[term.per])
     return loss
-
-
-def _is_saved(model: nn.Module, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return leaf not in model.get_submodule(owner)._non_persistent_buffers_set

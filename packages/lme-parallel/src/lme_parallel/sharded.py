@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from lme_parallel.local import local_of, local_parameter, shard_of
-from lme_parallel.placement import drop_gradients
+from lme_parallel.placement import drop_gradients, saved_buffers
 from lme_parallel.shards import Shard
 
 
@@ -101,6 +101,10 @@ class ShardedParameters:
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the local shards, which share memory with the model's."""
         return self._parameters
+
+    def named_buffers(self) -> Mapping[str, Tensor]:
+        """Return the buffers that are saved."""
+        return saved_buffers(self._model)
 
     def shards(self) -> Mapping[str, Shard]:
         """Return which part of each parameter is here."""

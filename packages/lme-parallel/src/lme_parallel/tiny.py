@@ -4,10 +4,10 @@ For tests: of this package, and of layouts in others.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,58 +26,26 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention; rows of `qkv` are grouped by head."""
+    """Causal attention with dropout; rows of `qkv` are grouped by head."""
 
     shard_plan: ClassVar[Mapping[str, str] | None] = {"qkv": "column", "output": "row"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=True)
-        self.output = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.attend = F.scaled_dot_product_attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, S, H) to (B, S, H)."""
-        packed = self.qkv(x).unflatten(-1, (-1, 3, HIDDEN // HEADS))
-        query, key, value = packed.permute(3, 0, 2, 1, 4)
-        mixed = self.attend(query, key, value, is_causal=True)
-        return self.output(mixed.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """A gated MLP."""
-
-    shard_plan: ClassVar[Mapping[str, str] | None] = {"gate_up": "column", "down": "row"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(HIDDEN, 2 * INTERMEDIATE, bias=False)
-        self.down = nn.Linear(INTERMEDIATE, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, S, H) to (B, S, H)."""
-        gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)
-        return self.down(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """Attention and MLP with dropout, and an auxiliary loss per sequence."""
 
     def __init__(self, index: int, dropout: float) -> None:
         super().__init__()
         self.index = index
         self.dropout = dropout
-        self.mixer_norm = nn.LayerNorm(HIDDEN)
-        self.sequence_mixer = Attention()
-        self.mlp_norm = nn.LayerNorm(HIDDEN)
-        self.mlp = MLP()
-        self.register_buffer("seen", torch.zeros(3))
+        self.shard_units = {"heads": HEADS}
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=True)
+        self.query_norm = nn.LayerNorm(HIDDEN // HEADS)
+        self.output = nn.Linear(HIDDEN, HIDDEN, bias=True)
+        self.attend = F.scaled_dot_product_attention
 
-    def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Map (B, S, H) to (B, S, H) and this layer's auxiliary loss, summed over sequences."""
-        x = x + self._drop(self.sequence_mixer(self.mixer_norm(x)), batch)
-        y = self.mlp(self.mlp_norm(x))
-        return x + y, wide(y).square().mean((1, 2)).sum()
+    def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Map (B, S, H) to (B, S, H)."""
+        packed = self.qkv(x).unflatten(-1, (-1, 3, HIDDEN // HEADS))
+        query, key, value = packed.permute(3, 0, 2, 1, 4)
+        mixed = self.attend(self.query_norm(query), key, value, is_causal=True)
+        return self._drop(self.output(mixed.transpose(1, 2).flatten(2)), batch)
 
     def _drop(self, x: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.dropout or "dropout_key" not in batch:
@@ -89,6 +57,43 @@ class Block(nn.Module):
         state = (state ^ (state >> 13)) * 1103515245 % 2**31
         keep = (state % 1000) >= int(1000 * self.dropout)
         return x * keep.to(x.dtype) / (1 - self.dropout)
+
+
+class MLP(nn.Module):
+    """A gated MLP, and an auxiliary loss per sequence."""
+
+    shard_plan: ClassVar[Mapping[str, str] | None] = {"gate_up": "column", "down": "row"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(HIDDEN, 2 * INTERMEDIATE, bias=False)
+        self.down = nn.Linear(INTERMEDIATE, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Map (B, S, H) to (B, S, H) and the auxiliary loss, summed over sequences."""
+        gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)
+        valid = batch.get("valid", torch.ones_like(batch["input_ids"])).unsqueeze(-1)
+        cubes = wide(x).pow(3).abs() * valid
+        loss = (cubes.sum(1) / valid.sum(1)).mean(-1).sum()
+        return self.down(F.silu(gate) * up), loss
+
+
+class Block(nn.Module):
+    """Attention and MLP."""
+
+    def __init__(self, index: int, dropout: float) -> None:
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(HIDDEN)
+        self.sequence_mixer = Attention(index, dropout)
+        self.mlp_norm = nn.LayerNorm(HIDDEN)
+        self.mlp = MLP()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Map (B, S, H) to (B, S, H) and this layer's auxiliary loss, summed over sequences."""
+        x = x + self.sequence_mixer(self.mixer_norm(x), batch)
+        y, loss = self.mlp(self.mlp_norm(x), batch)
+        return x + y, loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +117,62 @@ class TinyModel(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(i, dropout) for i in range(layers)})
         self.final_norm = nn.LayerNorm(HIDDEN)
         self.lm_head = None if is_tied else nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.linear_nll = linear_nll
+        self.linear_logits = F.linear
         self.shapes = {name: tuple(each.shape) for name, each in self.named_parameters()}
         self.shapes |= {name: tuple(each.shape) for name, each in self.named_buffers()}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Outputs:
         """Return sums over the batch."""
-        x, auxiliary = self.embedding(batch["input_ids"]), []
+        x, auxiliary = self.embed(batch), []
         for block in self.blocks.values():
             x, loss = block(x, batch)
             auxiliary.append(loss)
         nll = self.head(x, batch["labels"])
         return Outputs(nll, {"size": torch.stack(auxiliary).sum()})
 
+    def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Look up tokens: (B, S, H)."""
+        return self.embedding(batch["input_ids"])
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return what the blocks added up."""
+        return x
+
     def head(self, x: Tensor, labels: Tensor) -> Tensor:
         """Sum the negative log likelihood of (B, S) labels."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(self.final_norm(x), weight).flatten(0, 1)
-        return F.cross_entropy(
-            wide(logits), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        return self.linear_nll(
+            self.final_norm(self.residual(x)).flatten(0, 1), weight, labels.flatten()
         )
+
+
+def linear_nll(x: Tensor, weight: Tensor, labels: Tensor, *, shard: Any = None) -> Tensor:
+    """Sum negative log likelihoods; `shard` says which rows of the whole `weight` are here."""
+    logits = wide(F.linear(x, weight))
+    if shard is None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    local = labels - shard.start
+    is_here = (local >= 0) & (local < logits.shape[-1])
+    at_label = logits.gather(-1, local.where(is_here, 0)[:, None])[:, 0].where(is_here, 0.0)
+    largest = shard.reduce(logits.detach().amax(-1), "max")
+    own = (logits - largest[:, None]).exp().sum(-1)
+    partition, at_label = Summed.apply(torch.stack((own, at_label)), shard.reduce)
+    return (largest + partition.log() - at_label).where(labels != IGNORED, 0.0).sum()
+
+
+class Summed(torch.autograd.Function):
+    """A sum over processes, of which each has the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reduce: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """Sum."""
+        return reduce(x, "sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride] # one output, one gradient
+        """Hand on."""
+        return grad, None
 
 
 class InitialValues:

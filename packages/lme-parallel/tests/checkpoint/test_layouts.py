@@ -22,6 +22,17 @@ LAYOUTS = {
     "stage 2 of 2": ({"stage": 2}, 2),
     "stage 1 of 3": ({"stage": 1}, 3),
     "stage 0 of 2": ({"stage": 0}, 2),
+    "hybrid of 4": (
+        {
+            "stage": 3,
+            "zero_topology": {
+                "data_parallel_replication_world_size": 2,
+                "data_parallel_sharding_world_size": 2,
+            },
+        },
+        4,
+    ),
+    "FSDP 1 of 4": ({"stage": 3, "fsdp_algorithm": 1}, 4),
     "DDP of 2": ({"stage": 0, "fsdp_algorithm": None}, 2),
 }
 GLOBAL_BATCHES = 12

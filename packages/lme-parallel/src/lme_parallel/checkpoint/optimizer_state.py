@@ -91,8 +91,8 @@ def state_shard(name: str, tensor: Tensor, parameter: Tensor, shard: Shard | Non
     Raises:
         CheckpointError: If the parameter is cut and the state is neither cut alike nor one number.
     """
-    if shard is None or (tensor.shape == parameter.shape and shard.is_whole):
-        return whole(tensor.shape, is_owner=shard is None or shard.is_owner)
+    if shard is None:
+        return whole(tensor.shape)
     if tensor.shape == parameter.shape:
         return shard
     if tensor.numel() > 1 and not shard.is_whole:
