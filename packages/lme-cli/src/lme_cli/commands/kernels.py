@@ -9,23 +9,10 @@ app = typer.Typer(help="List and check the kernels.", no_args_is_help=True)
 
 @app.command("list")
 def list_command() -> None:
-    """Print ops and back ends, and what can run on this machine."""
-    from lme_kernels import device
-    from lme_kernels.inspection import table
-    from lme_kernels.op import Backend
+    """Print every implementation, whether it runs on this machine, and where it is proven."""
+    from lme_cli.kernel_list import kernel_table
 
-    print(table())
-    for backend in Backend:
-        if backend is Backend.TORCH:
-            continue
-        reasons = {kind: device.why_unavailable(backend, kind) for kind in device.types_here()}
-        usable = [kind for kind, reason in reasons.items() if reason is None]
-        if usable:
-            print(f"{backend}: usable on {', '.join(usable)}")
-        else:
-            print(
-                f"{backend}: not usable here: {'; '.join(dict.fromkeys(map(str, reasons.values())))}"
-            )
+    print(kernel_table())
 
 
 @app.command()
