@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lme_kernels._triton_elements import as_matrices, block_of_program, launch_shape
+from lme_kernels._triton_launch import thin_launch
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
     return slope
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["blocks"])
 def _forward_kernel(
     gate_ptr,
@@ -52,6 +54,7 @@ def _forward_kernel(
     tl.store(y_ptr + (row * columns + start) + column, activation(gate, ACTIVATION) * up, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["blocks"])
 def _backward_kernel(
     grad_y_ptr,

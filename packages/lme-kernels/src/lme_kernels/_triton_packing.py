@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.custom_ops import define
 from lme_kernels.strides import has_whole_rows
 from lme_kernels.tuning import next_power_of_two
@@ -36,6 +37,7 @@ def why_not(x: Tensor, cu_seqlens: Tensor) -> str | None:
     return None
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tokens", "sequences"])
 def _pack_kernel(
     x_ptr,
@@ -76,6 +78,7 @@ def _pack_kernel(
     tl.store(target, values, mask=(token < tokens)[:, None] & inside)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows", "tokens", "pad_value"])
 def _unpack_kernel(
     x_ptr,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.strides import as_rows as as_rows
 from lme_kernels.strides import num_rows as num_rows
 from lme_kernels.tuning import FIXED, RowSettings, ceil_div, row_settings
@@ -40,6 +41,7 @@ def settings_of(op: str, x: Tensor, rows: int) -> RowSettings:
     return row_settings(op, rows, x.shape[-1], x.element_size(), num_processors(x.device))
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["count"])
 def _sum_kernel(
     partial_ptr, sum_ptr, count, columns, BLOCK_COUNT: tl.constexpr, BLOCK: tl.constexpr

@@ -11,7 +11,12 @@ from lme_kernels.packing import check_cu_seqlens
 CAUSAL_CONV1D = Op(
     name="causal_conv1d",
     reference=reference.causal_conv1d,
-    implementations={Backend.TRITON: "lme_kernels.ops.causal_conv1d._triton"},
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.causal_conv1d._triton",
+        Backend.PALLAS: "lme_kernels.ops.causal_conv1d._pallas",
+    },
+    # Runs when named: not yet proven on a TPU.
+    manual=frozenset({Backend.PALLAS}),
 )
 
 

@@ -8,6 +8,8 @@ tokens after, which are so never stored.
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
+
 
 @triton.jit
 def _taps(weight_ptr, channel, here, W: tl.constexpr):
@@ -140,6 +142,7 @@ def _zeros(zero, COUNT: tl.constexpr):
     return result
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["T", "S"])
 def forward_kernel(
     x_ptr,
@@ -191,6 +194,7 @@ def forward_kernel(
             before = _pushed(newest, before, KEPT)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["T", "S"])
 def backward_kernel(
     grad_y_ptr,

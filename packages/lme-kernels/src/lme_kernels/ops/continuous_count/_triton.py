@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.custom_ops import define
 from lme_kernels.tuning import next_power_of_two
 
@@ -18,6 +19,7 @@ def continuous_count(x: Tensor, bins: int) -> Tensor:
     return _forward(x, bins)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["size"])
 def _compare_kernel(x_ptr, counts_ptr, size, bins, BLOCK: tl.constexpr, BLOCK_BINS: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -29,6 +31,7 @@ def _compare_kernel(x_ptr, counts_ptr, size, bins, BLOCK: tl.constexpr, BLOCK_BI
         tl.atomic_add(counts_ptr + bin_of, count, mask=(bin_of < bins) & (count > 0))
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["size"])
 def _add_kernel(x_ptr, counts_ptr, size, bins, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
+
 # Where a running maximum starts: finite, so that no difference with it is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -114,6 +116,7 @@ def gradient_of(
     return gradient
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["ignore_index", "vocab_start", "rows"])
 def statistics_kernel(
     logits_ptr,
@@ -181,6 +184,7 @@ def statistics_kernel(
                 tl.store(parts_ptr + 3 * rows + row, total)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["ignore_index", "vocab_start"])
 def gradient_kernel(
     logits_ptr,
@@ -257,6 +261,7 @@ def gradient_kernel(
         tl.store(out_ptr, gradient * (logit_scale * gain), mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def loss_and_gradient_kernel(
     logits_ptr,
@@ -331,6 +336,7 @@ def loss_and_gradient_kernel(
                 tl.store(row_ptr + offsets, gradient * factor, mask=offsets < width)
 
 
+@thin_launch
 @triton.jit
 def scale_kernel(x_ptr, y_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     """`y = factor * x`, computed in float32; `y` may be `x`."""

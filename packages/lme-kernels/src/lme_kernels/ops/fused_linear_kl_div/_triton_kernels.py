@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.cross_entropy._triton_kernels import LOWEST, extended, scores_at
 
 STUDENT_TEACHER = tl.constexpr(0)
@@ -137,6 +138,7 @@ def divergence_gradient(
     return gradient
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def divergence_kernel(
     logits_ptr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.custom_ops import define
 from lme_kernels.ops.cross_entropy._triton import launch_gradient, launch_statistics
 from lme_kernels.ops.cross_entropy.options import LossOptions
@@ -120,6 +121,7 @@ def _head(labels, teacher_idx, teacher_logprob, options):
     return head
 
 
+@thin_launch
 @triton.jit
 def _write_kernel(gradient_ptr, idx_ptr, values_ptr, known_ptr, K, stride, BLOCK: tl.constexpr):
     """One program a row: put values in their places; those of a row are distinct."""

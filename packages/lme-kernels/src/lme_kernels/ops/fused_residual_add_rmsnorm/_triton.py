@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels._triton_rows import as_rows, num_rows, settings_of, sum_partials, why_not_rows
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
@@ -42,6 +43,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return grad_x, grad_residual, None if weight is None else grad_weight, None, None
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr,
@@ -74,6 +76,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * columns + column, y, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_y_ptr,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lme_kernels._triton_glu import activation, activation_slope
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels._triton_rows import as_rows, num_rows, settings_of, sum_partials, why_not_rows
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
@@ -40,6 +41,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return grad_x, grad_gate, None if weight is None else grad_weight, None, None
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr,
@@ -72,6 +74,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * columns + column, y, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_y_ptr,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.rnn._triton_scan import (
     bounds_of,
     load_matrix,
@@ -13,6 +14,7 @@ from lme_kernels.ops.rnn._triton_scan import (
 )
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def forward_kernel(
     x_ptr,
@@ -109,6 +111,7 @@ def forward_kernel(
     tl.store(final_ptr + own, state, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def backward_kernel(
     grad_y_ptr,

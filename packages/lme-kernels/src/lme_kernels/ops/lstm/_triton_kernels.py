@@ -6,6 +6,7 @@ Matrices and sums are in the order candidate, forget, input, output everywhere.
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.rnn._triton_scan import (
     bounds_of,
     load_matrix,
@@ -25,6 +26,7 @@ def _apply(stored, ptr, index, state, D, BLOCK_D, DOT: tl.constexpr, RELOAD: tl.
     return product(matrix, state, DOT)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def forward_kernel(
     x_ptr,
@@ -139,6 +141,7 @@ def forward_kernel(
     tl.store(final_cell_ptr + own, cell, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def backward_kernel(
     grad_y_ptr,

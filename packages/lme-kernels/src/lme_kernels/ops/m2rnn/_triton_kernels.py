@@ -8,6 +8,7 @@ each such stretch once more, puts the states into a scratch of its own, and walk
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.rnn._triton_scan import bounds_of, load_steps, tanh
 
 
@@ -36,6 +37,7 @@ def _bounds(cu_ptr, sequence, sequences, S, PACKED: tl.constexpr):
     return tl.max(start, axis=0), tl.max(length, axis=0)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def forward_kernel(
     query_ptr,
@@ -123,6 +125,7 @@ def forward_kernel(
     tl.store(final_ptr + own + tile, state, mask=inside)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def backward_kernel(
     grad_y_ptr,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from lme_kernels._triton_heads import load_angles, rotate
+from lme_kernels._triton_launch import thin_launch
 
 
 @triton.jit
@@ -129,6 +130,7 @@ def _forward_heads(
         )
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S"])
 def forward_kernel(
     query_ptr,
@@ -208,6 +210,7 @@ def forward_kernel(
     )
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "tokens"])
 def backward_kernel(
     grad_ptr,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lme_kernels._triton_elements import as_matrices, block_of_program, launch_shape
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton as why_not
 
@@ -30,6 +31,7 @@ class _ReluSquared(torch.autograd.Function):
         return _backward(grad_y, x)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["blocks"])
 def _forward_kernel(x_ptr, y_ptr, x_stride, columns, blocks, BLOCK: tl.constexpr):
     row, start = block_of_program(blocks, BLOCK)
@@ -41,6 +43,7 @@ def _forward_kernel(x_ptr, y_ptr, x_stride, columns, blocks, BLOCK: tl.constexpr
     tl.store(y_ptr + (row * columns + start) + column, positive * positive, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["blocks"])
 def _backward_kernel(
     grad_y_ptr, x_ptr, grad_x_ptr, grad_y_stride, x_stride, columns, blocks, BLOCK: tl.constexpr

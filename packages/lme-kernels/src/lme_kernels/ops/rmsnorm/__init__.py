@@ -8,7 +8,12 @@ from lme_kernels.ops.rmsnorm import reference
 RMSNORM = Op(
     name="rmsnorm",
     reference=reference.rmsnorm,
-    implementations={Backend.TRITON: "lme_kernels.ops.rmsnorm._triton"},
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.rmsnorm._triton",
+        Backend.PALLAS: "lme_kernels.ops.rmsnorm._pallas",
+    },
+    # Runs when named: not yet proven on a TPU.
+    manual=frozenset({Backend.PALLAS}),
 )
 
 

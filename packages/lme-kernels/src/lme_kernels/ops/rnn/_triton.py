@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.custom_ops import define
 from lme_kernels.ops.rnn._triton_scan import (
     as_tokens,
@@ -66,6 +67,7 @@ class _RNN(torch.autograd.Function):
         return grad_x, grad_weight, None if initial is None else grad_initial, None, None, None
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def _forward_kernel(
     x_ptr,
@@ -128,6 +130,7 @@ def _forward_kernel(
     tl.store(final_ptr + own, state, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "sequences"])
 def _backward_kernel(
     grad_y_ptr,

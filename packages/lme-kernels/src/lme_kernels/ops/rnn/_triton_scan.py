@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.device import why_not_triton
 
 MAX_HEAD = 256
@@ -102,6 +103,7 @@ def load_steps(starts, channel, mask, step, length, stride, AHEAD: tl.constexpr)
     return tiles
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "width"])
 def _previous_kernel(
     initial_ptr,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lme_kernels._triton_heads import HeadLayout, angle_stride, head_strides, load_angles, rotate
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton as why_not
 from lme_kernels.tuning import next_power_of_two
@@ -73,6 +74,7 @@ def _rotate_heads(
         tl.store(y_ptr + head * D + PASSING + channel, passing, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S"])
 def _rotate_kernel(
     query_ptr,

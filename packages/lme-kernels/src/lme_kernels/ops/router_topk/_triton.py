@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels._triton_rows import as_rows, num_rows
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
@@ -71,6 +72,7 @@ def _weights(chosen, exists, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, TIN
     return weights
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tokens"])
 def _forward_kernel(
     logits_ptr,
@@ -123,6 +125,7 @@ def _forward_kernel(
     tl.store(indices_ptr + target, indices.to(tl.int64), mask=(token < tokens) & (slot < K))
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tokens"])
 def _backward_kernel(
     grad_ptr,

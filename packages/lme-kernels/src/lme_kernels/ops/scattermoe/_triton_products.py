@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.scattermoe._triton_math import gate, gate_slope, locate, tile_of_program
 
 # What follows the product in the same kernel.
 PLAIN, ACTIVATE, DIFFERENTIATE = 0, 1, 2
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tiles_m", "total_rows"])
 def product_kernel(
     a_ptr,
@@ -126,6 +128,7 @@ def product_kernel(
         tl.store(partial_ptr + place, part, mask=inside)
 
 
+@thin_launch
 @triton.jit
 def weight_gradient_kernel(
     left_ptr,

@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.scattermoe._triton_math import gate, gate_slope
 
 
+@thin_launch
 @triton.jit
 def gather_kernel(x_ptr, order_ptr, y_ptr, width, top_k, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -15,6 +17,7 @@ def gather_kernel(x_ptr, order_ptr, y_ptr, width, top_k, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * width + column, x, mask=column < width)
 
 
+@thin_launch
 @triton.jit
 def combine_kernel(
     y_ptr,
@@ -39,6 +42,7 @@ def combine_kernel(
     tl.store(out_ptr + token * width + column, total, mask=column < width)
 
 
+@thin_launch
 @triton.jit
 def activate_kernel(
     h_ptr, y_ptr, width, FUNCTION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
@@ -56,6 +60,7 @@ def activate_kernel(
     tl.store(y_ptr + row * width + column, y, mask=mask)
 
 
+@thin_launch
 @triton.jit
 def differentiate_kernel(
     grad_ptr,
@@ -98,6 +103,7 @@ def differentiate_kernel(
     tl.store(grad_weight_ptr + entry, tl.sum(along, axis=0))
 
 
+@thin_launch
 @triton.jit
 def add_up_kernel(
     x_ptr,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels._triton_rows import MAX_COLUMNS, as_rows, num_rows, settings_of
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton
@@ -60,6 +61,7 @@ def _largest(x):
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr,
@@ -82,6 +84,7 @@ def _forward_kernel(
     tl.store(y_ptr + row * columns + column, y, mask=mask)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_y_ptr,
@@ -109,6 +112,7 @@ def _backward_kernel(
     tl.store(grad_x_ptr + row * columns + column, grad_x, mask=mask)
 
 
+@thin_launch
 @triton.jit
 def _wide_forward_kernel(
     x_ptr,
@@ -141,6 +145,7 @@ def _wide_forward_kernel(
         tl.store(y_ptr + row * columns + start + column, y, mask=mask)
 
 
+@thin_launch
 @triton.jit
 def _wide_backward_kernel(
     grad_y_ptr,

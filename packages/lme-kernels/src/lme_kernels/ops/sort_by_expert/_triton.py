@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.custom_ops import define
 from lme_kernels.tuning import next_power_of_two
 
@@ -24,6 +25,7 @@ def _load_experts(indices_ptr, index, size, num_experts):
     return tl.where(index < size, expert, num_experts)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["size", "blocks"])
 def _count_kernel(
     indices_ptr,
@@ -43,6 +45,7 @@ def _count_kernel(
         tl.store(counts_ptr + each.to(tl.int64) * blocks + block, count, mask=each < num_experts)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["size", "blocks"])
 def _place_kernel(
     indices_ptr,

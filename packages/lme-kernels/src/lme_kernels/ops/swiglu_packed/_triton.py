@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from lme_kernels._triton_elements import block_of_program, launch_shape
 from lme_kernels._triton_glu import activation, activation_slope
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels._triton_rows import as_rows, num_rows
 from lme_kernels.custom_ops import define
 from lme_kernels.device import why_not_triton as why_not
@@ -50,6 +51,7 @@ def _load_pair(x_ptr, columns, start, INTERLEAVED: tl.constexpr, BLOCK: tl.const
     return gate, up
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["blocks"])
 def _forward_kernel(
     x_ptr, y_ptr, x_stride, columns, blocks, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
@@ -61,6 +63,7 @@ def _forward_kernel(
     tl.store(y_ptr + (row * columns + start) + column, y, mask=column < columns - start)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["blocks"])
 def _backward_kernel(
     grad_y_ptr,
