@@ -158,6 +158,47 @@ def test_no_model_counts_more_than_is_computed(seed):
     assert 0 < throughput.read()["mfu"] <= 1
 
 
+RECURRENT = {
+    "mamba2": {"state_size": 16, "intermediate_size": 64, "num_heads": 8, "num_groups": 2},
+    "gated_deltanet": {
+        "k_head_dim": 8,
+        "v_head_dim": 8,
+        "num_k_heads": 2,
+        "num_v_heads": 4,
+        "use_gate": True,
+        "allow_neg_eigval": False,
+        "kernel_size": 4,
+    },
+    "m2rnn": {
+        "k_head_dim": 8,
+        "v_head_dim": 8,
+        "num_q_heads": 1,
+        "num_k_heads": 1,
+        **{f"num_{name}_heads": 4 for name in ("v", "f", "g", "weight")},
+        "use_residual": True,
+    },
+    "rnn": {"state_head_dim": 8, "num_input_heads": 4, "num_weight_heads": 4},
+}
+
+
+# Mixers are counted for what they are: each costs at least its projections, and no more than that
+# and a few products of its state.
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_mixers_count_their_projections_and_states(kind):
+    block = {"sequence_mixer_type": kind, **RECURRENT[kind]}
+    fields = {"sequence_mixer_blocks": [block], "position_embedding_type": "nope"}
+    config = from_dict(BASE | fields | {"num_layers": 1})
+    model = config.build(KernelPolicy.from_args(KernelArgs(kernels=[])))
+    # A single token has no state before it, so every product with a weight is seen, and those
+    # with states at most once.
+    weights = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
+    )
+    counted = flops_per_token(config, 64)
+    assert 3 * 2 * weights <= counted < 3 * 2 * weights * 1.5
+    assert flops_per_token(config, 128) == counted
+
+
 def test_active_parameters_leave_out_the_experts_not_chosen():
     moe = {
         "mlp_type": "MoE",

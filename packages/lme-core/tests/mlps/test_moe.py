@@ -385,3 +385,27 @@ def test_bfloat16_stays_close_to_float32():
 def test_a_wrong_setting_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(MoEConfig(num_experts=E), **fields)
+
+
+def test_a_setting_of_old_files_says_that_it_has_no_effect(caplog):
+    MoEConfig(use_interleaved_weights=True)
+    assert "setting without effect: use_interleaved_weights=True" in caplog.text
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "mish_glu"])
+def test_it_compiles_whole(activation):
+    torch.compiler.reset()
+    moe = build(activation_function=activation, shared_intermediate_size=8)
+    x = tokens(2, 6)
+    expected, its = moe(x, SequenceContext())
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    got, auxiliary = compiled(x, SequenceContext())
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    for name, loss in its.losses.items():
+        torch.testing.assert_close(auxiliary.losses[name], loss, rtol=1e-12, atol=0)
+    assert torch.equal(auxiliary.statistics["expert_counts"], its.statistics["expert_counts"])
+    inputs = [x, *moe.parameters()]
+    wanted = torch.autograd.grad(expected.square().sum() + its.losses["router_aux_loss"], inputs)
+    loss = got.square().sum() + auxiliary.losses["router_aux_loss"]
+    for left, right in zip(torch.autograd.grad(loss, inputs), wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-11)

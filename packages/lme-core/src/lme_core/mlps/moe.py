@@ -1,5 +1,6 @@
 """Mixture of experts: a router, the experts it chooses, and shared ones that serve every token."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -19,6 +20,8 @@ from lme_core.mlps.dense import DenseMLPConfig
 from lme_core.mlps.experts import Experts
 from lme_core.mlps.routing import Balancer, Router, Score
 from lme_kernels.policy import KernelPolicy
+
+logger = logging.getLogger(__name__)
 
 _OUTPUT_DROPOUT = 8
 
@@ -87,6 +90,10 @@ class MoEConfig:
             raise ValueError(
                 "`expert_bias_update_rate` must be at least 0, or absent for no biases; got "
                 f"{self.expert_bias_update_rate}"
+            )
+        if self.use_interleaved_weights is not None:
+            logger.warning(
+                "setting without effect: use_interleaved_weights=%s", self.use_interleaved_weights
             )
         self._check_groups()
         check_activation(self.activation_function)
