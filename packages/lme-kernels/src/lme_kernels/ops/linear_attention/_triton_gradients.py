@@ -91,36 +91,29 @@ def _of_pairs(
 ):
     """Add what goes through scores to the gradients of queries and keys; and that of the decay."""
     grad_decay = 0.0
-    if DECAY == 0:
-        scores = weigh_scores(
-            grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
-        ).to(query.dtype)
-        grad_query += tl.dot(scores, key, input_precision=PRECISION)
-        grad_key += tl.dot(tl.trans(scores), query, input_precision=PRECISION)
-    else:
-        # What the decay of any token of the chunk acts on: the state before it, and keys that
-        # reach its end, of which those from the token on are taken off.
-        long_key, long_query = key.to(tl.float32), query.to(tl.float32)
-        total = tl.exp(last) * tl.sum(kept) + tl.sum(grad_key * long_key)
-        # A token's pair with itself does not decay. It is the largest where others do, so its
-        # rounding would drown them: it joins when the decay's gradient has been taken.
+    grad_scores = weigh_scores(
+        grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
+    )
+    if DECAY == 1:
+        # The decay of a token acts on the state before the chunk, on what tokens from it on read
+        # of that, on earlier keys that reach the end, and on pairs of an earlier key and a query
+        # from it on. Each is summed by itself: differences of longer sums would round more.
         row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-        alone = tl.sum(tl.where(row == column, grad_scores, 0.0), axis=1)
-        scores = weigh_scores(
-            grad_scores, until, reached, weight, C, DECAY, HAS_FACTOR, False, False
-        ).to(query.dtype)
-        grad_query += tl.dot(scores, key, input_precision=PRECISION)
-        grad_key += tl.dot(tl.trans(scores), query, input_precision=PRECISION)
-        by_query = tl.sum(grad_query * long_query, axis=1)
-        by_key = tl.sum(grad_key * long_key, axis=1)
-        grad_decay = total + tl.cumsum(by_query - by_key, axis=0, reverse=True)
-        if INCLUSIVE:
-            if HAS_FACTOR:
-                alone *= weight
-            grad_query += alone[:, None] * long_key
-            grad_key += alone[:, None] * long_query
-        else:
+        pairs = grad_scores * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        pairs = tl.where(row > column, pairs, 0.0)
+        later = tl.cumsum(pairs, axis=0, reverse=True)
+        by_query = tl.sum(grad_query * query.to(tl.float32), axis=1)
+        by_key = tl.sum(grad_key * key.to(tl.float32), axis=1)
+        grad_decay = tl.cumsum(by_query, axis=0, reverse=True)
+        if not INCLUSIVE:
+            # A token does not read with its own decay.
+            later -= pairs
             grad_decay -= by_query
+        grad_decay += tl.sum(tl.where(row > column, later, 0.0), axis=1)
+        grad_decay += tl.exp(last) * tl.sum(kept) + (tl.cumsum(by_key, axis=0) - by_key)
+    scores = grad_scores.to(query.dtype)
+    grad_query += tl.dot(scores, key, input_precision=PRECISION)
+    grad_key += tl.dot(tl.trans(scores), query, input_precision=PRECISION)
     return grad_query, grad_key, grad_decay
 
 
