@@ -9,12 +9,11 @@ from torch import Tensor
 from lme_kernels.cuda_driver import why_unusable
 
 # Device types of torch tensors that a backend runs on; one that is not here decides for itself.
-# Pallas and NKI functions take arrays of their own frameworks and are never chosen for a tensor.
 SERVED_DEVICES: dict[str, frozenset[str]] = {
     "triton": frozenset({"cuda", "xpu"}),
     "cuda": frozenset({"cuda"}),
-    "pallas": frozenset(),
-    "nki": frozenset(),
+    "pallas": frozenset({"xla"}),
+    "nki": frozenset({"xla"}),
     "flex": frozenset({"cuda"}),
     "cudnn": frozenset({"cuda"}),
     "flash": frozenset({"cuda"}),
@@ -24,12 +23,12 @@ SERVED_DEVICES: dict[str, frozenset[str]] = {
     "flash_attention_4": frozenset({"cuda"}),
 }
 
-NEEDED_PACKAGES: dict[str, str] = {
-    "triton": "triton",
-    "pallas": "jax",
-    "nki": "neuronxcc",
-    "flash_attention_3": "flash_attn_interface",
-    "flash_attention_4": "flash_attn",
+NEEDED_PACKAGES: dict[str, tuple[str, ...]] = {
+    "triton": ("triton",),
+    "pallas": ("jax", "torch_xla"),
+    "nki": ("neuronxcc", "torch_xla"),
+    "flash_attention_3": ("flash_attn_interface",),
+    "flash_attention_4": ("flash_attn",),
 }
 
 TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -58,9 +57,9 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
     """
     if backend == "torch":
         return None
-    package = NEEDED_PACKAGES.get(backend)
-    if package is not None and find_spec(package) is None:
-        return f"the package `{package}` is not installed"
+    for package in NEEDED_PACKAGES.get(backend, ()):
+        if find_spec(package) is None:
+            return f"the package `{package}` is not installed"
     if backend == "triton" and device_type == "cpu":
         if is_triton_interpreted():
             return None
@@ -68,8 +67,6 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
     served = SERVED_DEVICES.get(backend)
     if served is None:
         return None
-    if not served:
-        return "its functions take arrays of their own framework, not torch tensors"
     if device_type not in served:
         return f"it runs on {', '.join(sorted(served))} tensors, and these are on {device_type}"
     return why_unusable() if backend == "cuda" else None

@@ -17,9 +17,12 @@ from lme_kernels.ops.linear_attention.arguments import (
 LINEAR_ATTENTION = Op(
     name="linear_attention",
     reference=reference.linear_attention,
-    implementations={Backend.TRITON: "lme_kernels.ops.linear_attention._triton"},
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
+    implementations={
+        Backend.TRITON: "lme_kernels.ops.linear_attention._triton",
+        Backend.PALLAS: "lme_kernels.ops.linear_attention._pallas",
+    },
+    # Run when named: their proofs have not run on a GPU or a TPU.
+    manual=frozenset({Backend.TRITON, Backend.PALLAS}),
 )
 
 

@@ -11,7 +11,10 @@ SWIGLU = Op(
     implementations={
         Backend.TRITON: "lme_kernels.ops.swiglu._triton",
         Backend.CUDA: "lme_kernels.ops.swiglu._cuda",
+        Backend.PALLAS: "lme_kernels.ops.swiglu._pallas",
     },
+    # Runs when named: not yet proven on a TPU.
+    manual=frozenset({Backend.PALLAS}),
     traced=True,
 )
 
