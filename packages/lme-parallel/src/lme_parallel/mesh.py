@@ -72,14 +72,19 @@ class Mesh:
         return result
 
     def sum_together(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Add up scalars over those with other rows, in one message.
+        """Add up tensors over those with other rows, in one message.
 
         Args:
-            tensors: 0-d, on one device. Sums are taken in fp64, which holds counts to 2**53.
+            tensors: Losses and statistics of any shape, on one device. Sums are taken in fp64,
+                which holds counts to 2**53.
 
         Returns:
-            The sums, in the dtypes given.
+            The sums, in the shapes and dtypes given.
         """
-        stacked = torch.stack([each.detach().double() for each in tensors])
-        distributed.all_reduce(stacked, group=self.data)
-        return [total.to(each.dtype) for total, each in zip(stacked, tensors, strict=True)]
+        flat = torch.cat([each.detach().double().flatten() for each in tensors])
+        distributed.all_reduce(flat, group=self.data)
+        totals = flat.split([each.numel() for each in tensors])
+        return [
+            total.view(each.shape).to(each.dtype)
+            for total, each in zip(totals, tensors, strict=True)
+        ]
