@@ -202,6 +202,7 @@ def test_layers_share_keys_and_values_as_the_pattern_says(pattern):
 FEATURES = {
     "gate, exclusive": {"attention_gate": True, "exclusive_self_attention": True},
     "norms, biases": {"qk_norm": True, "add_bias": True},
+    "softcap, sinks": {"attention_softcap": 0.7, "attention_sinks": True},
     "one key-value head": {"num_key_value_heads": 1},
     "no rotation": {},
 }

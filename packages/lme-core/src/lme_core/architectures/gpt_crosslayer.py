@@ -9,7 +9,11 @@ from torch import Tensor
 from lme_core.architectures.decoder import Block, Decoder
 from lme_core.architectures.decoder_config import DecoderConfig
 from lme_core.architectures.gpt_base import GPTBaseBlock
-from lme_core.architectures.shared_attention import KeyValue, SharedAttention
+from lme_core.architectures.shared_attention import (
+    KeyValue,
+    SharedAttention,
+    SharedAttentionWithSinks,
+)
 from lme_core.architectures.stream import Stream
 from lme_core.layers.auxiliary import Auxiliary
 from lme_core.layers.context import SequenceContext
@@ -134,7 +138,8 @@ class CrossLayerBlock(Block):
         if config.owners()[layer] == layer:
             self.key_value = KeyValue(attention, config, kernels)
         self.mixer_norm = build_norm(config, H, kernels)
-        self.sequence_mixer = SharedAttention(attention, config, kernels)
+        kind = SharedAttentionWithSinks if attention.attention_sinks else SharedAttention
+        self.sequence_mixer = kind(attention, config, kernels)
         self.mlp_norm = build_norm(config, H, kernels)
         self.mlp: MLP = config.mlps()[layer].build(config, layer, kernels)
 

@@ -13,7 +13,11 @@ from lme_core.layers.linear import Linear
 from lme_core.layers.normalization import Norm, build_norm
 from lme_core.layers.settings import ModelSettings
 from lme_core.mixers.attention_dropout import attention_with_dropout
-from lme_core.mixers.softmax_attention import SoftmaxAttentionConfig, without_own_value
+from lme_core.mixers.softmax_attention import (
+    AttentionSinks,
+    SoftmaxAttentionConfig,
+    without_own_value,
+)
 from lme_kernels.ops.attention import ATTENTION
 from lme_kernels.ops.rope import ROPE
 from lme_kernels.policy import KernelPolicy
@@ -117,6 +121,7 @@ class SharedAttention(nn.Module):
         self.query_norm: Norm | None = None
         if config.qk_norm:
             self.query_norm = Norm("rmsnorm", D, eps=settings.layer_norm_epsilon, kernels=kernels)
+        self.sinks: AttentionSinks | None = None
         self.attend = kernels.bind(ATTENTION)
         self.rope: Rope = kernels.bind(ROPE)
 
@@ -163,6 +168,8 @@ class SharedAttention(nn.Module):
                 window=self.config.sliding_window,
                 cu_seqlens=context.cu_seqlens,
                 mask=context.mask,
+                softcap=self.config.attention_softcap,
+                sinks=None if self.sinks is None else self.sinks.weight,
                 p=self.config.softmax_dropout,
                 dropout_key=context.dropout_key,
                 site=_SOFTMAX_DROPOUT,
@@ -175,9 +182,28 @@ class SharedAttention(nn.Module):
             causal=True,
             scale=self.scale,
             window=self.config.sliding_window,
+            softcap=self.config.attention_softcap,
             cu_seqlens=context.cu_seqlens,
             mask=context.mask,
+            sinks=None if self.sinks is None else self.sinks.weight,
         )
+
+
+class SharedAttentionWithSinks(SharedAttention):
+    """Attention over shared keys and values that may look at nothing."""
+
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "query": "column",
+        "output": "row",
+        "sinks": "column",
+    }
+
+    def __init__(
+        self, config: SoftmaxAttentionConfig, settings: ModelSettings, kernels: KernelPolicy
+    ) -> None:
+        """Allocate without initialising; see `SharedAttention`."""
+        super().__init__(config, settings, kernels)
+        self.sinks = AttentionSinks(config.num_attention_heads, std=settings.initializer_range)
 
 
 def _rotate(rope: Rope, x: Tensor, context: SequenceContext, channels: str) -> Tensor:
