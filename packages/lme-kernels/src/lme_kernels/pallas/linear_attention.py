@@ -81,8 +81,6 @@ def linear_attention(
         step = cut.split(log_decay.astype(compute))
         # One a head: a row, (chunks, N, 1, size). One a channel: (chunks, N, size, K).
         step = step if per_channel else step[:, :, None]
-        until = jnp.cumsum(step, axis=2 if per_channel else 3)
-        reached = until if inclusive else until - step
         walk = Walk(
             scale=K**-0.5 if scale is None else scale,
             inclusive=inclusive,
@@ -90,7 +88,7 @@ def linear_attention(
             interpret=resolve_interpret(interpret),
         )
         q, k, v = (cut.split(each) for each in (query, key, value))
-        chunks = Tokens(q, k, v, reached, until)
+        chunks = Tokens(q, k, v, step)
         y, final = attend_chunks(chunks, initial, cut.order, walk)
         y = cut.merge(y)
     final = final.astype(query.dtype if initial_state is None else initial_state.dtype)

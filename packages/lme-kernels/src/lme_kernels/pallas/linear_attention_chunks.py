@@ -7,8 +7,9 @@ In a chunk, with a_t the sum of log decays up to token t (`until`), b_t the same
     y    = P v + (scale q * exp(b)) S
     S'   = exp(e) S + (k * exp(e - a))^T v
 
-Queries enter with exp(b) and keys with exp(-a) alone, so that the gradients of b and a are q times
-the gradient of q and minus k times that of k, channel by channel (Yang et al. 2024, section 4).
+The log decay of a token acts on four things: S on its way out of the chunk, S on its way to later
+queries, earlier keys on their way out, and pairs of an earlier key and a later query. Its gradient
+is the sum of each by itself; differences of longer sums would round more.
 """
 
 from collections.abc import Callable
@@ -46,11 +47,8 @@ class Tokens(NamedTuple):
     """Shape (chunks, heads, C, K), dtype of `query`."""
     value: Array
     """Shape (chunks, heads, C, V), dtype of `query`."""
-    reached: Array
-    """Sum of the log decays in the chunk that what a token reads has seen, shape (chunks, N, 1, C),
-    one a head, or (chunks, N, C, K), in at least float32."""
-    until: Array
-    """The sum up to and with each token, in the same way."""
+    step: Array
+    """Log decays, shape (chunks, N, 1, C), one a head, or (chunks, N, C, K), in at least float32."""
 
 
 class Order(NamedTuple):
@@ -135,6 +133,12 @@ def _with_spare(states: Array) -> Array:
     return jnp.concatenate((states, jnp.zeros((1, *states.shape[1:]), states.dtype)))
 
 
+def _sums(step: Array, walk: Walk) -> tuple[Array, Array]:
+    """Sum the log decays up to what each token reads, and up to and with each token."""
+    until = jnp.cumsum(step, axis=2 if walk.per_channel else 3)
+    return until if walk.inclusive else until - step, until
+
+
 def _run_forward(
     tokens: Tokens, initial: Array, order: Order, walk: Walk
 ) -> tuple[Array, Array, Array]:
@@ -146,6 +150,7 @@ def _run_forward(
     def same(m: Array) -> Array:
         return m
 
+    inputs = (*tokens[:3], *_sums(tokens.step, walk))
     state = pl.BlockSpec((1, 1, K, V), lambda n, m, owner, place: (owner[m], n, 0, 0))
     out_y = jax.ShapeDtypeStruct((M, N, C, V), tokens.query.dtype)
     out_before = jax.ShapeDtypeStruct((M, N, K, V), compute)
@@ -154,13 +159,13 @@ def _run_forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(N, M),
-            in_specs=[*(_blocks(each, N, same) for each in tokens), state],
+            in_specs=[*(_blocks(each, N, same) for each in inputs), state],
             out_specs=[_blocks(out_y, N, same), state, _blocks(out_before, N, same)],
             scratch_shapes=[pltpu.VMEM((K, V), compute)],
         ),
         out_shape=[out_y, jax.ShapeDtypeStruct((sequences + 1, N, K, V), compute), out_before],
         interpret=walk.interpret,
-    )(*order, *tokens, _with_spare(initial))
+    )(*order, *inputs, _with_spare(initial))
     final = jnp.where(_empty(order.owner, sequences), initial.astype(compute), final[:-1])
     return y, final, before
 
@@ -183,7 +188,7 @@ def _run_backward(
         jax.ShapeDtypeStruct((M, N, *each.shape[2:]), each.dtype if each.shape[1] == N else compute)
         for each in tokens
     ]
-    inputs = (*tokens, saved.before, grad_y)
+    inputs = (*tokens[:3], *_sums(tokens.step, walk), saved.before, grad_y)
     *gradients, grad_initial = pl.pallas_call(
         partial(_backward_kernel, walk=walk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -321,8 +326,7 @@ def _backward_kernel(
     grad_query_ref: Ref,
     grad_key_ref: Ref,
     grad_value_ref: Ref,
-    grad_reached_ref: Ref,
-    grad_until_ref: Ref,
+    grad_step_ref: Ref,
     grad_initial_ref: Ref,
     grad_state_ref: Ref,
     *,
@@ -346,40 +350,57 @@ def _backward_kernel(
     before, grad_after = before_ref[0, 0], grad_state_ref[...]
 
     grad_scores = _dot(grad_y, value, (1, 1))
+    # A token's pair with itself does not decay: it joins when the decays' gradient has been taken.
+    alone = jnp.sum(jnp.where(_equal(C), grad_scores, 0.0), axis=1, keepdims=True)
+    between = jnp.where(_seen(factors.between.shape, False), factors.between, 0.0)
     if walk.per_channel:
-        spread = grad_scores[:, :, None] * factors.between
+        spread = grad_scores[:, :, None] * between
         scores = jnp.sum(query[:, None, :] * key[None, :, :] * factors.between, axis=-1)
         grad_query = jnp.sum(spread * key[None, :, :], axis=1)
         grad_key = jnp.sum(spread * query[:, None, :], axis=0)
+        pairs = _after(query * grad_query, walk.inclusive) - _after(key * grad_key, True)
     else:
-        scores = _dot(query, key, (1, 1)) * factors.between
-        grad_product = grad_scores * factors.between
-        grad_query = _dot(grad_product, key, (1, 0))
-        grad_key = _dot(grad_product, query, (0, 0))
-    kept = key * factors.left
+        products = _dot(query, key, (1, 1))
+        scores = products * factors.between
+        grad_products = grad_scores * between
+        grad_query = _dot(grad_products, key, (1, 0))
+        grad_key = _dot(grad_products, query, (0, 0))
+        later = _after(products * grad_products, walk.inclusive)
+        pairs = _row(jnp.sum(jnp.where(_seen((C, C), False), later, 0.0), axis=1, keepdims=True))
+    kept, read = key * factors.left, query * factors.reached
     grad_value = _dot(scores, grad_y, (0, 0)) + _dot(kept, grad_after, (1, 0))
-    grad_kept = _dot(value, grad_after, (1, 1))
-    grad_query = grad_query + _dot(grad_y, before, (1, 1)) * factors.reached
-    grad_key = grad_key + grad_kept * factors.left
-    grad_before = grad_after * factors.whole + _dot(query * factors.reached, grad_y, (0, 0))
+    grad_kept, grad_read = _dot(value, grad_after, (1, 1)), _dot(grad_y, before, (1, 1))
+    grad_before = grad_after * factors.whole + _dot(read, grad_y, (0, 0))
 
-    # The sum of all log decays moves what is kept of keys and of the state before.
-    grad_end = jnp.sum(kept * grad_kept, axis=0, keepdims=True)
-    moved = jnp.sum(before * grad_after, axis=1, keepdims=True) * factors.whole
-    grad_reached, grad_until = query * grad_query, -key * grad_key
+    out = jnp.sum(before * grad_after, axis=1, keepdims=True) * factors.whole
+    to_queries, from_keys = read * grad_read, kept * grad_kept
     if walk.per_channel:
-        at_end = jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
-        grad_end = grad_end + _row(moved)
+        earlier = _dot(_seen((C, C), False).astype(compute), from_keys, (1, 0))
+        grad_step = _row(out) + earlier + _after(to_queries, walk.inclusive) + pairs
     else:
-        at_end = jax.lax.broadcasted_iota(jnp.int32, (1, C), 1) == C - 1
-        grad_end = jnp.sum(grad_end, keepdims=True) + jnp.sum(moved, keepdims=True)
-        grad_reached = _row(jnp.sum(grad_reached, axis=1, keepdims=True))
-        grad_until = _row(jnp.sum(grad_until, axis=1, keepdims=True))
-    grad_reached_ref[0, 0] = grad_reached
-    grad_until_ref[0, 0] = grad_until + jnp.where(at_end, grad_end, 0.0)
+        to_queries, from_keys = (
+            jnp.sum(each, axis=1, keepdims=True) for each in (to_queries, from_keys)
+        )
+        seen = _seen((C, C), walk.inclusive)
+        to_later = jnp.sum(jnp.where(seen, to_queries, 0.0), axis=0, keepdims=True)
+        earlier = jnp.where(_seen((C, C), False), _row(from_keys), 0.0)
+        earlier = _row(jnp.sum(earlier, axis=1, keepdims=True))
+        grad_step = jnp.sum(out, keepdims=True) + earlier + to_later + pairs
+    grad_step_ref[0, 0] = grad_step
 
+    grad_query = grad_query + grad_read * factors.reached
+    grad_key = grad_key + grad_kept * factors.left
+    if walk.inclusive:
+        grad_query = grad_query + alone * key
+        grad_key = grad_key + alone * query
     grad_query_ref[0, 0] = (grad_query * walk.scale).astype(grad_query_ref.dtype)
     grad_key_ref[0, 0] = grad_key.astype(grad_key_ref.dtype)
     grad_value_ref[0, 0] = grad_value.astype(grad_value_ref.dtype)
     grad_state_ref[...] = grad_before
     grad_initial_ref[0, 0] = grad_before
+
+
+def _after(x: Array, inclusive: bool) -> Array:
+    """Sum the rows from each row of (C, ...) on, with it or without."""
+    seen = _seen((x.shape[0], x.shape[0]), inclusive)
+    return _dot(seen.astype(x.dtype), x, (0, 0))
