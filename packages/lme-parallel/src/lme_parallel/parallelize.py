@@ -1,6 +1,7 @@
 """The order in which a model is prepared for its devices, in one function."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +14,10 @@ from lme_parallel.placement import Placement
 from lme_parallel.recompute import apply_recompute
 from lme_parallel.runtime import DistributedRuntime, Scaler
 from lme_parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from lme_parallel.mesh import Mesh
+    from lme_parallel.tensor.setup import TensorParallel
 
 
 def parallelize(
@@ -29,8 +34,9 @@ def parallelize(
 ) -> DistributedRuntime:
     """Prepare a plain model for its devices and return what runs it.
 
-    The order is: recomputation, compilation, placement over the data-parallel processes, memory
-    and first values, lower-precision copies. With several processes a process group must exist,
+    The order is: tensor parallelism, recomputation, compilation, placement over the data-parallel
+    processes, memory and first values, lower-precision copies. With several processes a process
+    group must exist,
     and every process calls this at the same time.
 
     Args:
@@ -56,7 +62,18 @@ def parallelize(
     if dtype == torch.float16 and scaler is None:
         raise ValueError("`dtype` torch.float16 needs a `scaler`, or small gradients vanish")
     blocks = _blocks(model)
-    # Here, one by one, the axes change the model: tensor, expert, context.
+    mesh: Mesh | None = None
+    tensor: TensorParallel | None = None
+    if topology.tensor > 1:
+        from lme_parallel.tensor.setup import (  # noqa: PLC0415 (for several processes)
+            apply_tensor_parallel,
+            check_tensor_parallel,
+        )
+
+        plan = check_tensor_parallel(model, topology, args, device)
+        mesh = _make_mesh(topology, device)
+        tensor = apply_tensor_parallel(model, plan, mesh, args, backend=compile_backend)
+        initial_value = tensor.values(initial_value)
     apply_recompute(blocks, args)
     if args.torch_compile:
         apply_compile(blocks.values(), backend=compile_backend)
@@ -65,9 +82,7 @@ def parallelize(
             model, device=device, dtype=dtype, initial_value=initial_value, masters=masters
         )
         return DistributedRuntime(model, placement, device=device, scaler=scaler)
-    from lme_parallel.mesh import Mesh  # noqa: PLC0415 (slow to load; for several processes)
-
-    mesh = Mesh.of(topology, device)
+    mesh = mesh or _make_mesh(topology, device)
     placement = place_over(
         mesh,
         model,
@@ -78,12 +93,22 @@ def parallelize(
         initial_value=initial_value,
         masters=masters,
     )
-    return DistributedRuntime(model, placement, device=device, mesh=mesh, scaler=scaler)
+    prepare = None
+    if tensor is not None:
+        placement, prepare = tensor.place(placement), tensor.prepare
+    return DistributedRuntime(
+        model, placement, device=device, mesh=mesh, scaler=scaler, prepare=prepare
+    )
+
+
+def _make_mesh(topology: Topology, device: torch.device) -> "Mesh":
+    from lme_parallel.mesh import Mesh  # noqa: PLC0415 (slow to load; for several processes)
+
+    return Mesh.of(topology, device)
 
 
 def _check_supported(topology: Topology) -> None:
     axes = {
-        "tensor_parallel_world_size": topology.tensor,
         "pipeline_parallel_world_size": topology.pipeline,
         "context_parallel_world_size": topology.context,
         "expert_parallel_world_size": topology.expert,

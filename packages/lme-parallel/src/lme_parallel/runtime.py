@@ -78,6 +78,7 @@ class DistributedRuntime:
         device: Where batches go.
         mesh: The processes; `None` for one process.
         scaler: Loss scale, for fp16.
+        prepare: Changes each batch on its device before anything sees it.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class DistributedRuntime:
         device: torch.device,
         mesh: "Mesh | None" = None,
         scaler: Scaler | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
     ) -> None:
         self.device = device
         self.model = model
         self._placement = placement
         self._mesh = mesh
         self._scaler = scaler
+        self._prepare = prepare
         self._parameters = placement.named_parameters()
 
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
@@ -196,7 +199,8 @@ class DistributedRuntime:
             self._scaler.load_state_dict(state["loss_scale"])
 
     def _to_device(self, batch: Batch) -> Batch:
-        return {name: each.to(self.device, non_blocking=True) for name, each in batch.items()}
+        moved = {name: each.to(self.device, non_blocking=True) for name, each in batch.items()}
+        return moved if self._prepare is None else self._prepare(moved)
 
     def _global_counts(self, counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         totals: dict[str, Tensor] = {}

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.shard_units = {"heads": HEADS}
         self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=True)
-        self.query_norm = nn.LayerNorm(HIDDEN // HEADS)
+        self.query_norm = nn.RMSNorm(HIDDEN // HEADS)
         self.output = nn.Linear(HIDDEN, HIDDEN, bias=True)
         self.attend = F.scaled_dot_product_attention
 
@@ -191,6 +191,34 @@ class InitialValues:
         part = values if region is None else values[region]
         self.elements[name] = self.elements.get(name, 0) + prod(part.shape)
         return part
+
+
+class TinyMasters:
+    """fp32 parameters behind a model that computes in a lower precision."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._copies = dict(model.named_parameters())
+        self._masters = {n: nn.Parameter(p.detach().clone()) for n, p in self._copies.items()}
+        for each in self._copies.values():
+            each.data = each.data.to(dtype)
+
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the masters."""
+        return self._masters
+
+    def collect_gradients(self) -> None:
+        """Add the copies' gradients to the masters' and clear them."""
+        for name, copy in self._copies.items():
+            if copy.grad is not None:
+                known, new = self._masters[name].grad, copy.grad.float()
+                self._masters[name].grad = new if known is None else known + new
+                copy.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Renew the copies."""
+        for name, copy in self._copies.items():
+            copy.copy_(self._masters[name])
 
 
 @dataclass(frozen=True, slots=True)

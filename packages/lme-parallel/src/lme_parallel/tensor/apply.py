@@ -1,6 +1,7 @@
 """Cutting a model as a plan says, in place: parameters keep their names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -106,21 +107,26 @@ def _share(value: Any, *, group: Group) -> Any:  # a leaf of a result
 
 def _tell_parts(module: nn.Module, group: Group) -> None:
     """Tell modules that number their heads which of them are here."""
-    for each in module.modules():
+    for each in _modules(module):
         if hasattr(each, "part"):
             each.part = (group.rank, group.size)
 
 
+def _modules(module: nn.Module) -> Iterator[Any]:
+    """Yield a module and those inside, whose attributes only they and the seam know."""
+    yield from module.modules()
+
+
 def _silence_biases(module: nn.Module) -> None:
     """Leave biases behind a sum to the first process; the gradient of each is whole."""
-    for each in module.modules():
+    for each in _modules(module):
         for name, child, style in children_of(each):
             if STYLES[style].bias is not None or getattr(child, "bias", None) is None:
                 continue
             if style == "expert_row":
-                each.fused = _WithoutBias(each.fused)
+                each.fused = _WithoutExpertBias(each.fused)
             elif isinstance(child, nn.Linear):
-                child.forward = partial(_without_bias, child)
+                child.forward = _WithoutLinearBias(child)
             else:
                 raise ValueError(
                     f"`{name}` of {type(each).__name__} has a bias and is no linear layer, so its"
@@ -128,18 +134,25 @@ def _silence_biases(module: nn.Module) -> None:
                 )
 
 
-def _without_bias(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, silent(layer.bias))
+@dataclass(frozen=True, slots=True)
+class _WithoutLinearBias:
+    """The product of a linear layer, whose bias another process adds."""
+
+    layer: nn.Linear
+
+    # The name is the layer's.
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.linear(input, self.layer.weight, silent(self.layer.bias))
 
 
-class _WithoutBias:
+@dataclass(frozen=True, slots=True)
+class _WithoutExpertBias:
     """The product of experts, whose second bias another process adds."""
 
-    def __init__(self, product: Callable[..., Tensor]) -> None:
-        self._product = product
+    product: Callable[..., Tensor]
 
     def __call__(self, *inputs: Any, down_bias: Tensor, **options: Any) -> Tensor:  # the op's own
-        return self._product(*inputs, down_bias=silent(down_bias), **options)
+        return self.product(*inputs, down_bias=silent(down_bias), **options)
 
 
 def _serve_vocabulary(model: Any, plan: TensorPlan, group: Group) -> None:  # a model of the seam

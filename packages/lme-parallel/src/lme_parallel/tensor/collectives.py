@@ -81,7 +81,8 @@ def part_out(x: Tensor, group: Group, *, dim: int = 1) -> Tensor:
 
 def share_gradient(x: Tensor, group: Group) -> Tensor:
     """Return `x`, which all computed whole, with a gradient that adds up to one over them."""
-    return _Pair.apply(x, _same, _Divided(group.size))
+    # A copy, not a view: a block hands it on, and such results must be no views.
+    return _Pair.apply(x, torch.clone, _Divided(group.size))
 
 
 def silent(x: Tensor) -> Tensor:

@@ -31,17 +31,18 @@ class Lookup:
     """First row that is here."""
     group: Group
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    # The name is the embedding's.
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002
         """Look up tokens.
 
         Args:
-            ids: int64, of the whole vocabulary, any shape (...).
+            input: int64, of the whole vocabulary, any shape (...).
 
         Returns:
             Shape (..., H), the same in all processes.
         """
         weight = self.embedding.weight
-        local = ids - self.start
+        local = input - self.start
         inside = (local >= 0) & (local < weight.shape[0])
         rows = F.embedding(local.where(inside, 0), weight)
         return sum_out(torch.where(inside.unsqueeze(-1), rows, 0.0), self.group)
