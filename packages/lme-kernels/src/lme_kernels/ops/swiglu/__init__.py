@@ -12,9 +12,10 @@ SWIGLU = Op(
         Backend.TRITON: "lme_kernels.ops.swiglu._triton",
         Backend.CUDA: "lme_kernels.ops.swiglu._cuda",
         Backend.PALLAS: "lme_kernels.ops.swiglu._pallas",
+        Backend.NKI: "lme_kernels.ops.swiglu._nki",
     },
-    # Runs when named: not yet proven on a TPU.
-    manual=frozenset({Backend.PALLAS}),
+    # Run when named: not yet proven on a TPU or on Trainium.
+    manual=frozenset({Backend.PALLAS, Backend.NKI}),
     traced=True,
 )
 
