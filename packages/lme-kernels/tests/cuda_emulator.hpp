@@ -27,6 +27,15 @@ struct alignas(8) uint2 {
     unsigned x, y;
 };
 
+// A GPU refuses a vector at an address that its size does not divide.
+inline bool misaligned = false;
+
+template <class Type, class Pointer>
+Type* aligned(Pointer* at) {
+    misaligned |= reinterpret_cast<unsigned long long>(at) % sizeof(Type) != 0;
+    return reinterpret_cast<Type*>(at);
+}
+
 struct Three {
     unsigned x, y, z;
 };
@@ -215,11 +224,13 @@ inline int launch(Body kernel, void** parameters, unsigned grid, unsigned x, uns
     body_parameters = parameters;
     gridDim = {grid, 1, 1};
     blockDim = {x, y, 1};
+    misaligned = false;
     for (unsigned each = 0; each < grid; ++each) {
         blockIdx = {each, 0, 0};
         // Shared memory holds what another kernel left.
         std::fill(std::begin(shared), std::end(shared), -1234567);
         if (!run_block()) return 1;
+        if (misaligned) return 4;
         if (std::any_of(shared + bytes / 4, std::end(shared), [](int v) { return v != -1234567; })) {
             return 2;
         }

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 OPS = [op for op in ALL_OPS.values() if Backend.CUDA in op.implementations]
 # What only PTX can say, and the same for the emulator.
 REPLACED = {
+    r"reinterpret_cast<(const type|type)\*>": r"aligned<\1>",
     r'asm\("cvt\.f32\.f16 .*?\);': "y = float_of_half(x.bits);",
     r'asm\("cvt\.rn\.f16\.f32 .*?\);': "y.bits = half_of_float(x);",
     r'asm\("cvt\.rn\.bf16\.f32 .*?\);': "",
@@ -208,6 +209,21 @@ def test_an_odd_address_changes_nothing(emulated, op):
     )
     for one, other in pairs:
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("room", [8, 3])
+@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+def test_wide_rows_start_at_any_element(emulated, layout, room):
+    # Wide enough that every thread has all its elements within a row.
+    x = torch.randn(3, 2 * 2048 + room)[:, : 2 * 2048]
+    check_against_reference(
+        ALL_OPS["swiglu_packed"].function,
+        (x,),
+        {"layout": layout},
+        backend="cuda",
+        dtype=torch.float16,
+        where="cpu",
+    )
 
 
 @pytest.mark.parametrize("name", ["swiglu", "swiglu_packed"])

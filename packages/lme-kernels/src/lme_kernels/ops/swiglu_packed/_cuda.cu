@@ -3,6 +3,27 @@
 
 #include "cuda_elements.cuh"
 
+// Pairs start where an element may; only vectors of them are known to start where they may.
+template <int COUNT>
+__device__ __forceinline__ void read_pairs(const ELEMENT* from, ELEMENT (&values)[2 * COUNT]) {
+    if constexpr (COUNT == 1) {
+        values[0] = from[0];
+        values[1] = from[1];
+    } else {
+        read(from, values);
+    }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void write_pairs(ELEMENT* to, const ELEMENT (&values)[2 * COUNT]) {
+    if constexpr (COUNT == 1) {
+        to[0] = values[0];
+        to[1] = values[1];
+    } else {
+        write(to, values);
+    }
+}
+
 template <int COUNT, int STEPS>
 __device__ __forceinline__ void forward(
     const ELEMENT* __restrict__ x,
@@ -13,7 +34,9 @@ __device__ __forceinline__ void forward(
         ELEMENT pairs[STEPS][2 * COUNT];
         // All loads before the first use: they wait for memory together.
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) read(x + 2 * part.column(step), pairs[step]);
+        for (int step = 0; step < STEPS; ++step) {
+            read_pairs<COUNT>(x + 2 * part.column(step), pairs[step]);
+        }
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             ELEMENT results[COUNT];
@@ -47,7 +70,7 @@ __device__ __forceinline__ void backward(
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             read(grad_y + part.column(step), grads[step]);
-            read(x + 2 * part.column(step), pairs[step]);
+            read_pairs<COUNT>(x + 2 * part.column(step), pairs[step]);
         }
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
@@ -58,7 +81,7 @@ __device__ __forceinline__ void backward(
                     grads[step][i], pairs[step][2 * i], pairs[step][2 * i + 1], results[2 * i],
                     results[2 * i + 1]);
             }
-            write(grad_x + 2 * part.column(step), results);
+            write_pairs<COUNT>(grad_x + 2 * part.column(step), results);
         }
         return;
     }
