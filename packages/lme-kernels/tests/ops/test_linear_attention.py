@@ -181,17 +181,23 @@ FUSED = [
 ]
 
 
+# Decays that leave nothing of the last token overflow where something is divided by them.
 @pytest.mark.parametrize(
     ("decay", "inclusive", "strength"),
-    # Decays that leave nothing of the last token overflow where they are divided by.
-    [(None, False, 0.0), ("head", True, 0.2), ("head", False, 60.0), ("channel", True, 0.2),
-     ("channel", False, 60.0)],
-)  # fmt: skip
+    [(None, False, 0.0), ("head", True, 0.2), ("head", False, 60.0), ("channel", False, 60.0)],
+)
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_kernel_matches_float64_past_a_chunk(backend, decay, inclusive, strength):
-    # Channels are slow to interpret: one head, whose first sequence has two of the sub-chunks.
-    N, lengths = (1, [0, 18, 0, 3]) if decay == "channel" else (2, [0, 67, 0, 5])
+    # Channels are slow to interpret.
+    N, lengths = (1, [0, 18, 3]) if decay == "channel" else (2, [0, 67, 0, 5])
     check(backend, torch.float32, decay, True, inclusive, (1, N, 20, 24), lengths, strength)
+
+
+# In float32 a chunk has no parts; here it has two and four.
+@pytest.mark.parametrize(("S", "strength"), [(18, 60.0), (35, 0.2)])
+@pytest.mark.parametrize("backend", FUSED)
+def test_parts_of_a_chunk_take_of_each_other_what_they_should(backend, S, strength):
+    check(backend, torch.float16, "channel", False, True, (1, 1, 20, 24), [S], strength)
 
 
 @pytest.mark.parametrize(("decay", "inclusive"), [(None, True), ("head", True), ("head", False)])

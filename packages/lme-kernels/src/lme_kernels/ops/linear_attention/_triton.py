@@ -154,13 +154,11 @@ def _forward(query, key, value, log_decay, factor, skip, initial, cu_seqlens, sc
         query, key, value, log_decay, factor, skip, initial, cu_seqlens, scale, inclusive
     )
     sequences, N, K, V = final.shape
-    rows = sequences * N
+    sizes = (query.dtype, K, V, sequences * N, query.shape[-3])
     # Packed sequences may be as uneven as they like, and the longest would be walked alone.
     channels = log_decay is not None and log_decay.ndim == query.ndim
-    walk = cu_seqlens is None and not channels and walks(rows, V)
-    settings = chunk_settings(
-        "walk" if walk else "outputs", query.dtype, K, V, rows, query.shape[-3]
-    )
+    walk = cu_seqlens is None and not channels and walks(sequences * N, V)
+    settings = chunk_settings("walk" if walk else "outputs", *sizes, channels=channels)
     slots = Slots.of(query, cu_seqlens, settings.chunk)
     scores = None
     if channels:
@@ -172,7 +170,7 @@ def _forward(query, key, value, log_decay, factor, skip, initial, cu_seqlens, sc
     if walk:
         walk_outputs(query, key, value, decay, weight, skip, initial, y, final, *options, settings)
         return y, final
-    of_states = chunk_settings("states", query.dtype, K, V, rows, query.shape[-3])
+    of_states = chunk_settings("states", *sizes, channels=channels)
     states = walk_states(key, value, decay, weight, initial, final, slots, of_states)
     write_outputs(query, key, value, decay, weight, skip, states, scores, y, *options, settings)
     return y, final
@@ -222,10 +220,10 @@ def _backward(
     sizes = (query.dtype, K, V, sequences * N, query.shape[-3])
     if grad_y is None:
         grad_y = query.new_zeros((*tokens, N, V))
-    settings = chunk_settings("gradients", *sizes)
-    of_states = chunk_settings("states", *sizes)
-    slots = Slots.of(query, cu_seqlens, settings.chunk)
     channels = log_decay is not None and log_decay.ndim == query.ndim
+    settings = chunk_settings("gradients", *sizes, channels=channels)
+    of_states = chunk_settings("states", *sizes, channels=channels)
+    slots = Slots.of(query, cu_seqlens, settings.chunk)
     of_scores = (None, None, None)
     if channels:
         decay, weight = sum_channel_decays(log_decay, slots), None
@@ -288,7 +286,7 @@ def _backward(
             (grad_query, grad_key, grad_decay),
             inclusive,
             slots,
-            chunk_settings("keys", *sizes),
+            chunk_settings("keys", *sizes, channels=channels),
         )
     return (
         sum_groups(grad_query, query.shape[-2], query.dtype),

@@ -156,7 +156,7 @@ def _of_part(
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradients of the queries and keys of 16 tokens through the scores of their chunk."""
+    """Gradients of the queries and keys of 16 tokens through their scores with other tokens."""
     dtype = query_ptr.dtype.element_ty
     row, every = begin + tl.arange(0, 16)[:, None], tl.arange(0, C)[:, None]
     channel = first + tl.arange(0, BLOCK_K)[None, :]
@@ -183,15 +183,13 @@ def _of_part(
         token, here = start + other, (channel < K) & (channel * 0 + other < length)
         its_key = tl.load(key_ptr + token * key_stride + channel, mask=here, other=0.0)
         its_query = tl.load(query_ptr + token * query_stride + channel, mask=here, other=0.0)
-        seen = row >= other if INCLUSIVE else row > other
         grad = tl.load(grad_ptr + row * C + other).to(tl.float32)
         kept = tl.exp(tl.minimum(reached - load_channels(own, other, channel, K), 0.0))
-        grad_query += tl.where(seen, grad, 0.0) * its_key.to(tl.float32) * kept
-        sees = other >= row if INCLUSIVE else other > row
+        grad_query += tl.where(row > other, grad, 0.0) * its_key.to(tl.float32) * kept
         grad = tl.load(grad_ptr + other * C + row).to(tl.float32)
         its_reach = load_channels(own, other if INCLUSIVE else other - 1, channel, K)
         kept = tl.exp(tl.minimum(its_reach - until, 0.0))
-        grad_key += tl.where(sees, grad, 0.0) * its_query.to(tl.float32) * kept
+        grad_key += tl.where(row < other, grad, 0.0) * its_query.to(tl.float32) * kept
     return grad_query, grad_key
 
 
@@ -239,12 +237,14 @@ def _channel_gradients_kernel(
     grad_key_ptr += head * K
     grad_decay_ptr += head * K
     channel = first + tl.arange(0, BLOCK_K)
-    # What the decay of any token acts on: the state before the chunk, and keys that reach its end,
-    # of which those from the token on are taken off.
-    keys = load_rows(key_ptr, start, length, key_stride, first, C, K, BLOCK_K)
-    grad_keys = load_rows(through_key_ptr, start, length, N * K, first, C, K, BLOCK_K)
-    total = tl.load(kept_ptr + (slot * N + head) * K + channel, mask=channel < K, other=0.0)
-    total += tl.sum(keys.to(tl.float32) * grad_keys.to(tl.float32), axis=0)
+    # The decay of a token acts on the state before the chunk, on what tokens from it on read of
+    # that, on earlier keys that reach the end, and on pairs of an earlier key and a query from it
+    # on. Only the last is a difference of longer sums, without the pairs of tokens with themselves.
+    whole = tl.load(kept_ptr + (slot * N + head) * K + channel, mask=channel < K, other=0.0)
+    by_keys = load_rows(key_ptr, start, length, key_stride, first, C, K, BLOCK_K).to(tl.float32)
+    by_keys *= load_rows(through_key_ptr, start, length, N * K, first, C, K, BLOCK_K).to(tl.float32)
+    every = tl.arange(0, C)[:, None]
+    later = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for step in range(C // 16):
         begin = C - 16 - step * 16
         left = length - begin
@@ -253,17 +253,30 @@ def _channel_gradients_kernel(
             query_ptr, key_ptr, own, grad_scores_ptr, start, length, query_stride, key_stride,
             begin, first, K, INCLUSIVE, PRECISION, C, BLOCK_K,
         )  # fmt: skip
-        through = load_rows(through_query_ptr, token, left, N * K, first, 16, K, BLOCK_K)
-        grad_query += through.to(tl.float32)
-        through = load_rows(through_key_ptr, token, left, N * K, first, 16, K, BLOCK_K)
-        grad_key += through.to(tl.float32)
-        query = load_rows(query_ptr, token, left, query_stride, first, 16, K, BLOCK_K)
-        key = load_rows(key_ptr, token, left, key_stride, first, 16, K, BLOCK_K)
-        by_query, by_key = grad_query * query.to(tl.float32), grad_key * key.to(tl.float32)
-        grad_decay = total[None, :] + tl.cumsum(by_query - by_key, axis=0, reverse=True)
-        if not INCLUSIVE:
+        query = load_rows(query_ptr, token, left, query_stride, first, 16, K, BLOCK_K).to(
+            tl.float32
+        )
+        key = load_rows(key_ptr, token, left, key_stride, first, 16, K, BLOCK_K).to(tl.float32)
+        read = load_rows(through_query_ptr, token, left, N * K, first, 16, K, BLOCK_K)
+        left_over = load_rows(through_key_ptr, token, left, N * K, first, 16, K, BLOCK_K)
+        read, left_over = read.to(tl.float32), left_over.to(tl.float32)
+        by_query = (read + grad_query) * query
+        difference = by_query - grad_key * key
+        reaching = left_over * key
+        grad_decay = tl.cumsum(difference, axis=0, reverse=True) + later[None, :]
+        grad_decay += tl.cumsum(reaching, axis=0) - reaching
+        grad_decay += (whole + tl.sum(tl.where(every < begin, by_keys, 0.0), axis=0))[None, :]
+        later += tl.sum(difference, axis=0)
+        grad_query += read
+        grad_key += left_over
+        if INCLUSIVE:
+            row = begin + tl.arange(0, 16)[:, None]
+            alone = tl.load(grad_scores_ptr + row * (C + 1)).to(tl.float32)
+            grad_query += alone * key
+            grad_key += alone * query
+        else:
+            # A token does not read with its own decay.
             grad_decay -= by_query
-        total += tl.sum(by_query - by_key, axis=0)
         store_rows(grad_query_ptr, grad_query, token, left, N * K, first, 16, K, BLOCK_K)
         store_rows(grad_key_ptr, grad_key, token, left, N * K, first, 16, K, BLOCK_K)
         store_rows(grad_decay_ptr, grad_decay, token, left, N * K, first, 16, K, BLOCK_K)

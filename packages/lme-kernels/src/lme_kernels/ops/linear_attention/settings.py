@@ -41,7 +41,14 @@ FIXED: ContextVar[Mapping[str, ChunkSettings]] = ContextVar(
 
 
 def chunk_settings(
-    kernel: str, dtype: torch.dtype, K: int, V: int, rows: int, tokens: int
+    kernel: str,
+    dtype: torch.dtype,
+    K: int,
+    V: int,
+    rows: int,
+    tokens: int,
+    *,
+    channels: bool = False,
 ) -> ChunkSettings:
     """Launch settings of a kernel of a chunked recurrence.
 
@@ -52,6 +59,7 @@ def chunk_settings(
         V: Channels of a value.
         rows: Sequences times heads, each walked by programs of its own.
         tokens: Tokens of a sequence, or of all if packed.
+        channels: Whether each channel decays by itself.
 
     Returns:
         The settings. Nothing is measured here.
@@ -61,7 +69,8 @@ def chunk_settings(
         return fixed[kernel]
     key, value = block_of(K), block_of(V)
     exact = dtype == torch.float32
-    chunk = min(32 if exact else 64, block_of(tokens))
+    # Sums of decays over more tokens round more, which float32 shows: sooner with one a channel.
+    chunk = min(64 if not exact else 16 if channels else 32, block_of(tokens))
     if kernel == "walk":
         # The narrower a program's values, the more programs, and the oftener keys are read.
         block = min(value, 64 if rows * (value // min(value, 64)) >= WALKING_PROGRAMS else 32)
