@@ -30,6 +30,29 @@ SLURM = {
         ),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, ("MPI", 1, 2, 0, None, 29500)),
         (SLURM, ("Slurm", 2, 4, 0, "gpu003", 29500)),
+        (
+            {
+                "PET_NODE_RANK": "1",
+                "PET_NNODES": "2",
+                "PET_MASTER_ADDR": "p",
+                "PET_MASTER_PORT": "9",
+            },
+            ("Kubernetes", 1, 2, 0, "p", 9),
+        ),
+        # The operator numbers pods as torchrun numbers processes, and counts those there will be.
+        (
+            {"RANK": "1", "WORLD_SIZE": "8", "PET_NODE_RANK": "1", "PET_NNODES": "2"},
+            ("Kubernetes", 1, 2, 0, None, 29500),
+        ),
+        # torchrun in a pod.
+        (
+            {**TORCHRUN, "PET_NODE_RANK": "1", "PET_NNODES": "2"},
+            ("torchrun", 3, 8, 1, "host", 29500),
+        ),
+        (
+            {"JOB_COMPLETION_INDEX": "2", "NNODES": "3", "MASTER_ADDR": "job-0"},
+            ("Kubernetes job", 2, 3, 0, "job-0", 29500),
+        ),
         # torchrun inside a Slurm job.
         ({**SLURM, **TORCHRUN}, ("torchrun", 3, 8, 1, "host", 29500)),
         # The batch script of a Slurm job is no step.
@@ -42,6 +65,10 @@ SLURM = {
         "Open MPI",
         "MPI",
         "Slurm",
+        "Kubernetes",
+        "Kubernetes with ranks",
+        "torchrun in Kubernetes",
+        "Kubernetes job",
         "torchrun in Slurm",
         "batch script",
     ],
@@ -94,3 +121,12 @@ def test_more_processes_than_devices_are_refused(monkeypatch):
     launch = Launch(source="torchrun", rank=2, world_size=4, local_rank=2, address="h", port=1)
     with pytest.raises(ValueError, match="at most 2 processes a host"):
         launch.device()
+
+
+def test_a_task_that_sees_its_own_device_only_takes_it(monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    task = Launch(source="Slurm", rank=2, world_size=4, local_rank=2, address="h", port=1)
+    assert task.device() == torch.device("cuda", 0)

@@ -16,7 +16,7 @@ from lme_parallel.parallelize import parallelize
 from lme_parallel.runtime import DistributedRuntime
 from lme_parallel.shards import Shard
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import InitialValues, TinyModel, TinyObjective, global_batches
+from lme_parallel.tiny import InitialValues, TinyMasters, TinyModel, TinyObjective, global_batches
 from lme_parallel.topology import Topology
 
 _NESTED = {
@@ -54,7 +54,7 @@ def compare_layout(
     Args:
         settings: The `distributed_args` section.
         world_size: Processes.
-        dtype: Of the parameters, fp64 or fp32.
+        dtype: Of the computation; parameters are fp64 with fp64, fp32 with any other.
         accumulation: Micro batches of a step on each data-parallel rank.
         steps: Optimizer steps, with clipping.
         options: Of `TinyModel`.
@@ -62,7 +62,7 @@ def compare_layout(
     Returns:
         The largest over parameters and steps of the norm of the difference over the norm, for
         `initial`, `gradients`, `parameters`, and relative differences of `loss`, `values`,
-        `norm`, `evaluation`. Copies that must be equal to the bit are `copies`: 0 or infinity.
+        `norm`, `evaluation`. `all gradients` and so on is that of all parameters together. Copies that must be equal to the bit are `copies`: 0 or infinity.
     """
     arguments = (dict(settings), str(dtype), accumulation, steps, dict(options or {}))
     ranks = run_distributed(run_steps, world_size, *arguments)
@@ -83,7 +83,7 @@ def run_steps(
 
     Args:
         settings: The `distributed_args` section.
-        dtype: Of the parameters, as `str(torch.float64)`.
+        dtype: Of the computation, as `str(torch.float64)`.
         accumulation: Micro batches of a step on this rank.
         steps: Optimizer steps.
         options: Of `TinyModel`.
@@ -133,22 +133,34 @@ def evaluate(runtime: DistributedRuntime, topology: Topology) -> Tensor:
 
 
 def tiny_runtime(
-    settings: Mapping[str, Any], dtype: str, options: Mapping[str, Any]
+    settings: Mapping[str, Any],
+    dtype: str,
+    options: Mapping[str, Any],
+    values: InitialValues | None = None,
 ) -> tuple[DistributedRuntime, Topology]:
-    """Prepare the tiny model in this process's place of a layout."""
+    """Prepare the tiny model in this process's place of a layout.
+
+    Args:
+        settings: The `distributed_args` section.
+        dtype: Of the computation, as `str(torch.float64)`.
+        options: Of `TinyModel`.
+        values: First values; `None`: new ones.
+    """
     args = make_args(settings)
     is_group = distributed.is_initialized()
     size, rank = (distributed.get_world_size(), distributed.get_rank()) if is_group else (1, 0)
     topology = Topology.from_args(args, size, rank)
+    computed = getattr(torch, dtype.removeprefix("torch."))
     with torch.device("meta"):
-        model = TinyModel(**options).to(getattr(torch, dtype.removeprefix("torch.")))
+        model = TinyModel(**options).to(torch.promote_types(computed, torch.float32))
     runtime = parallelize(
         model,
         topology,
         args,
         device=torch.device("cpu"),
-        dtype=getattr(torch, dtype.removeprefix("torch.")),
-        initial_value=InitialValues(model.shapes),
+        dtype=computed,
+        initial_value=InitialValues(model.shapes) if values is None else values,
+        masters=TinyMasters,
         compile_backend="aot_eager",
     )
     return runtime, topology
@@ -220,6 +232,10 @@ def _differences(ranks: list[Any], single: Any) -> dict[str, float]:
             raise ValueError(f"{kind}: names differ: {wholes.keys() ^ references.keys()}")
         for name, reference in references.items():
             found[kind] = max(found[kind], relative(wholes[name], reference))
+        pairs = [(wholes[name].flatten(), each.flatten()) for name, each in references.items()]
+        left, right = (torch.cat(each) for each in zip(*pairs, strict=True))
+        all_kind = f"all {kind}"
+        found[all_kind] = max(found.get(all_kind, 0.0), relative(left, right))
 
     compare("initial", [each["initial"] for each in ranks], single["initial"])
     for number, expected in enumerate(single["history"]):

@@ -1,5 +1,6 @@
 """Starts the processes of one host, shows what they say, and ends them all when one fails."""
 
+import ctypes
 import os
 import queue
 import signal
@@ -17,6 +18,9 @@ from typing import IO
 from lme_parallel.failures import ERROR_FILE_VARIABLE, read_failure
 from lme_parallel.launch import Launch
 
+LAUNCHER_VARIABLE = "LME_LAUNCHER_PROCESS"
+"""Number of the process that started this one and ends it."""
+_PARENT_DEATH_SIGNAL = 1
 GRACE_SECONDS = 5.0
 """Between asking processes to end and killing them."""
 
@@ -61,6 +65,7 @@ def worker_environments(
         # More threads than cores make every process slower.
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads)),
         "PYTHONUNBUFFERED": "1",
+        LAUNCHER_VARIABLE: str(os.getpid()),
     }
     shared.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     return [
@@ -97,6 +102,23 @@ def run_workers(
             group.end()
             for each, handler in previous.items():
                 signal.signal(each, handler)
+
+
+def follow_launcher(environment: Mapping[str, str]) -> None:
+    """Ask the system to end this process when the launcher that started it is gone.
+
+    Only Linux can. Without a launcher nothing happens.
+
+    Args:
+        environment: Environment variables.
+    """
+    launcher = environment.get(LAUNCHER_VARIABLE)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+    if os.getppid() != int(launcher):
+        # It went before the system was asked.
+        raise RuntimeError(f"the launcher, process {launcher}, is gone")
 
 
 class _Worker:

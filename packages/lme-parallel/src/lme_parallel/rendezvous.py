@@ -62,7 +62,7 @@ def meet(
     if store.add("joined", 1) == world_size:
         store.set("complete", "1")
     if not _wait(store, "complete", ends):
-        missing = [each for each in range(world_size) if not store.check([f"host/{each}"])]
+        missing = _missing(store, world_size)
         listed = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
         raise RendezvousError(
             f"{world_size - len(missing)} of {world_size} processes met at {where} within"
@@ -127,6 +127,14 @@ def _wait(store: Store, key: str, ends: float) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _missing(store: Store, world_size: int) -> list[int]:
+    try:
+        return [each for each in range(world_size) if not store.check([f"host/{each}"])]
+    except RuntimeError:
+        # It was there, or nobody would have come this far; it gave up a moment ago.
+        return [0]
 
 
 def _first_line(error: BaseException) -> str:
