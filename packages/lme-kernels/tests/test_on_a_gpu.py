@@ -102,14 +102,23 @@ def test_heads_of_models_match_float64(D, R, channels, dtype):
     )
 
 
+def first_call(op):
+    """Arguments, options and positions of constants of an op's first example, on the GPU."""
+    example = examples_of(op)[0]
+
+    def placed(value):
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
+    arguments = [placed(each) for each in example.arguments]
+    options = {name: placed(each) for name, each in example.options.items()}
+    return arguments, options, example.constants
+
+
 @pytest.mark.parametrize(("op", "backend"), FUSED)
 def test_automatic_choice_is_the_fused_kernel(op, backend):
-    example = examples_of(op)[0]
-    arguments = [
-        each.cuda() if isinstance(each, torch.Tensor) else each for each in example.arguments
-    ]
+    arguments, options, _ = first_call(op)
     with count_calls() as counts:
-        op.function(*arguments, **example.options)
+        op.function(*arguments, **options)
     first = next((each for each in op.implementations if each not in op.manual), None)
     if backend == first:
         assert counts == {f"{op.name}@{backend}": 1}
@@ -117,18 +126,15 @@ def test_automatic_choice_is_the_fused_kernel(op, backend):
 
 @pytest.mark.parametrize(("op", "backend"), FUSED)
 def test_a_call_does_not_wait_for_the_device_and_can_be_captured(op, backend):
-    example = examples_of(op)[0]
-    arguments = [
-        each.cuda() if isinstance(each, torch.Tensor) else each for each in example.arguments
-    ]
+    arguments, options, constants = first_call(op)
     leaves = []
     for position, each in enumerate(arguments):
         differentiable = isinstance(each, torch.Tensor) and each.is_floating_point()
-        if differentiable and position not in example.constants:
+        if differentiable and position not in constants:
             leaves.append(each.requires_grad_())
 
     def step(weights):
-        result = op.function(*arguments, **example.options, backend=backend)
+        result = op.function(*arguments, **options, backend=backend)
         outputs = result if isinstance(result, tuple) else (result,)
         if not weights:
             weights.extend(torch.ones_like(each) for each in outputs)
