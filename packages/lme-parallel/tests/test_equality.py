@@ -33,19 +33,30 @@ PLACEMENTS = {
     "DDP": {"stage": 0, "fsdp_algorithm": None},
     "FSDP 1": {"stage": 3, "fsdp_algorithm": 1},
 }
+RECOMPUTE = {"gradient_checkpointing_method": "full"}
+REENTRANT = {**RECOMPUTE, "gradient_checkpointing_args": {"use_reentrant": True}}
+SYNC = "sync_every_gradient_accumulation_step"
+# Placement, further settings, options of the comparison.
 VARIANTS = {
-    "one micro batch": {"accumulation": 1},
-    "tied": {"options": {"is_tied": True}},
-    "recompute": {"settings": {"gradient_checkpointing_method": "full"}},
-    "reentrant": {
-        "settings": {
-            "gradient_checkpointing_method": "full",
-            "gradient_checkpointing_args": {"use_reentrant": True},
-        }
-    },
-    "compile": {"settings": {"torch_compile": True}},
-    "sync every step": {"settings": {"sync_every_gradient_accumulation_step": True}},
-    "sync at the end": {"settings": {"sync_every_gradient_accumulation_step": False}},
+    "stage 3, one micro batch, tied": (
+        "stage 3",
+        {},
+        {"accumulation": 1, "options": {"is_tied": True}},
+    ),
+    "DDP, tied": ("DDP", {}, {"options": {"is_tied": True}}),
+    "FSDP 1, tied": ("FSDP 1", {}, {"options": {"is_tied": True}}),
+    "stage 3, recompute": ("stage 3", RECOMPUTE, {}),
+    "stage 1, recompute": ("stage 1", RECOMPUTE, {}),
+    "FSDP 1, recompute": ("FSDP 1", RECOMPUTE, {}),
+    "DDP, reentrant": ("DDP", REENTRANT, {}),
+    "stage 3, reentrant": ("stage 3", REENTRANT, {}),
+    "stage 3, compile": ("stage 3", {"torch_compile": True}, {"steps": 1}),
+    "DDP, compile": ("DDP", {"torch_compile": True, **RECOMPUTE}, {"steps": 1}),
+    "stage 1, sync every step": ("stage 1", {SYNC: True}, {}),
+    "DDP, sync every step": ("DDP", {SYNC: True}, {}),
+    "stage 3, sync at the end": ("stage 3", {SYNC: False}, {}),
+    "FSDP 1, sync at the end": ("FSDP 1", {SYNC: False}, {}),
+    "stage 3, offload": ("stage 3", {"cpu_offload": True}, {}),
 }
 # Norm of the difference over the norm: sums over ranks are taken in another order.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
@@ -91,9 +102,8 @@ def test_gradients_are_summed_in_the_dtype_asked_for(name):
     assert 2**-11 < found["all gradients"] < 2**-8
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", PLACEMENTS)
-def test_so_it_does_with_other_settings(name, variant):
-    chosen = {"settings": {}, **VARIANTS[variant]}
-    settings = {**PLACEMENTS[name], **chosen.pop("settings")}
-    check(compare_layout(settings, 2, steps=2, **chosen), torch.float64)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_so_it_does_with_other_settings(name):
+    placement, settings, options = VARIANTS[name]
+    found = compare_layout({**PLACEMENTS[placement], **settings}, 2, **{"steps": 2, **options})
+    check(found, torch.float64)
