@@ -261,7 +261,7 @@ def test_softmax_dropout_drops_weights_by_query_head_and_key(fields, packed):
         unit = torch.eye(S, dtype=query.dtype).expand(B, S, S)[:, :, None].expand(B, S, 2, S)
         weights = inner(query, key, unit, **options)
         key_of_token = random.mix(random.mix(context.dropout_key, 2), context.token_index)
-        columns = torch.arange(4)[:, None] * S + torch.arange(S)
+        columns = torch.arange(4)[:, None] * 2**32 + torch.arange(S)
         keep = random.uniform(key_of_token[:, :, None, None] ^ columns, 1) >= 0.3
         dropped = torch.where(keep, weights / 0.7, 0.0)
         seen["share"] = ((dropped == 0) & (weights > 0)).sum() / (weights > 0).sum()

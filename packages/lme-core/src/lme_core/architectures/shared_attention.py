@@ -45,6 +45,7 @@ class KeyValue(nn.Module):
         super().__init__()
         H, D = settings.hidden_size, config.head_size(settings.hidden_size)
         self.head_size = D
+        self.shard_units = {"num_key_value_heads": config.num_key_value_heads}
         self.rope_channels = settings.rope_channels
         self.norm = build_norm(settings, H, kernels)
         # Rows go by head, [key, value].
@@ -84,6 +85,8 @@ class SharedAttention(nn.Module):
 
     attend: Callable[..., Tensor]
     """The attention op; public as that of `SoftmaxAttention`."""
+    part: tuple[int, int] = (0, 1)
+    """As of a sequence mixer."""
 
     def __init__(
         self, config: SoftmaxAttentionConfig, settings: ModelSettings, kernels: KernelPolicy
@@ -100,6 +103,7 @@ class SharedAttention(nn.Module):
         N = config.num_attention_heads
         self.config = config
         self.head_size = D
+        self.shard_units = {"num_key_value_heads": config.num_key_value_heads}
         self.queries_per_key = N // config.num_key_value_heads
         self.scale = config.scale(H)
         self.rope_channels = settings.rope_channels
@@ -174,6 +178,7 @@ class SharedAttention(nn.Module):
                 dropout_key=context.dropout_key,
                 site=_SOFTMAX_DROPOUT,
                 token_index=context.token_index,
+                part=self.part[0],
             )
         return self.attend(
             query,

@@ -21,6 +21,7 @@ def attention_with_dropout(
     dropout_key: Tensor,
     site: int,
     token_index: Tensor | None,
+    part: int = 0,
 ) -> Tensor:
     """Attend causally and drop attention weights.
 
@@ -38,6 +39,7 @@ def attention_with_dropout(
         dropout_key: 0-d int64.
         site: Number of this dropout in its layer.
         token_index: int64, (B, S): each token's position in the global batch.
+        part: Which N of the layer's heads these are, where heads are cut over devices.
 
     Returns:
         Shape (B, S, N, D), dtype of `query`; computed in at least float32. Each weight's fate
@@ -72,7 +74,9 @@ def attention_with_dropout(
         sink = sinks.to(compute).view(-1, 1, 1).expand(B, N, S, 1)
         weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
     token_key = random.mix(random.mix(dropout_key, site + 1), token_index)[:, None, :, None]
-    columns = torch.arange(N, device=query.device)[:, None, None] * S + rows
+    heads = part * N + torch.arange(N, device=query.device)
+    # No sequence is that long, so that padding changes no counter.
+    columns = heads[:, None, None] * 2**32 + rows
     # The counter enters by XOR for the reason that `dropout` gives.
     keep = random.uniform(token_key ^ columns, 1) >= p
     weights = torch.where(keep, weights / (1.0 - p), 0.0)

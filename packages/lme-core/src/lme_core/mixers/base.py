@@ -1,6 +1,7 @@
 """What every sequence mixer is given, and what it keeps between tokens in generation."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 import torch
@@ -25,6 +26,12 @@ class SequenceMixer(nn.Module):
     """Base of the modules that move information between tokens."""
 
     shard_plan: ClassVar[Mapping[str, str] | None] = None
+    """Children that may be cut over devices, and by what: rows ("column") or columns ("row") of
+    their weights. `{}`: whole on every device; `None`: it was not said."""
+    shard_units: Mapping[str, int] = MappingProxyType({})
+    """What is never cut in pieces, by the name of the setting that counts it."""
+    part: tuple[int, int] = (0, 1)
+    """Which part of the heads is here, and of how many; set where they are cut over devices."""
 
     def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
         """Mix along the sequence.

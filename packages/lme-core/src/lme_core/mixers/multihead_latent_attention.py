@@ -204,6 +204,7 @@ class MultiheadLatentAttention(SequenceMixer):
         keys, values = config.head_dim, config.value_size()
         rotary, compressed = config.rope_head_dim or 0, config.query_compression_size
         self.config = config
+        self.shard_units = {"num_attention_heads": N}
         self.scale = config.key_size() ** -0.5
         if config.attention_multiplier is not None:
             self.scale = config.attention_multiplier
@@ -294,6 +295,7 @@ class MultiheadLatentAttention(SequenceMixer):
                 dropout_key=context.dropout_key,
                 site=_SOFTMAX_DROPOUT,
                 token_index=context.token_index,
+                part=self.part[0],
             )
         return self._attend(query, key, value, context)
 

@@ -229,6 +229,7 @@ class SoftmaxAttention(SequenceMixer):
         self.config = config
         self.head_size = D
         self.num_key_value_heads = K
+        self.shard_units = {"num_key_value_heads": K}
         self.queries_per_key = N // K
         self.scale = config.scale(H)
         self.eps = settings.layer_norm_epsilon
@@ -331,6 +332,7 @@ class SoftmaxAttention(SequenceMixer):
                 dropout_key=context.dropout_key,
                 site=_SOFTMAX_DROPOUT,
                 token_index=context.token_index,
+                part=self.part[0],
             )
         return self.attend(
             query,

@@ -83,6 +83,7 @@ class PlainMLP(MLP):
         super().__init__()
         H, width = settings.hidden_size, config.width(settings.hidden_size)
         self.config = config
+        self.shard_units = {"intermediate_size": width}
         self.up = Linear(H, width, bias=config.add_bias, std=linear_std(settings, H), mup=True)
         self.down = _down(config, settings, width)
         self.activation = Activation(config.activation_function, kernels)
@@ -105,6 +106,7 @@ class GatedMLP(MLP):
         super().__init__()
         H, width = settings.hidden_size, config.width(settings.hidden_size)
         self.config = config
+        self.shard_units = {"intermediate_size": width}
         self.gate_up = GatedLinear(
             H, 2 * width, bias=config.add_bias, std=linear_std(settings, H), mup=True
         )

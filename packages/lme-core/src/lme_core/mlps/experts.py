@@ -93,6 +93,7 @@ class Experts(nn.Module):
             kernels: Which implementations run.
         """
         super().__init__()
+        self.shard_units = {"intermediate_size": width}
         gated = is_glu(activation)
         first = ExpertLinear(
             num_experts, hidden_size, width * (2 if gated else 1), bias=bias, std=up_std
@@ -101,6 +102,7 @@ class Experts(nn.Module):
         self.up = None if gated else first
         self.down = ExpertLinear(num_experts, width, hidden_size, bias=bias, std=down_std)
         self.fused_name = _FUSED.get((base_of(activation), gated))
+        # Public so that a second layer cut over devices can add its bias once.
         self.fused: Callable[..., Tensor] = kernels.bind(SCATTERMOE)
         self.activation = Activation(activation, kernels) if self.fused_name is None else None
 
