@@ -376,7 +376,15 @@ def test_recomputing_and_compiling_leave_gradients_and_names(method, compiled):
 @pytest.mark.parametrize(
     ("values", "world", "words"),
     [
-        ({"tensor_parallel_world_size": 2}, 2, "`tensor_parallel_world_size: 2` is not supported"),
+        (
+            {
+                "pipeline_parallel_world_size": 2,
+                "num_pipeline_stages": 2,
+                "pipeline_parallel_schedule": "1F1B",
+            },
+            2,
+            "`pipeline_parallel_world_size: 2` is not supported",
+        ),
         ({"context_parallel_world_size": 2}, 2, "`context_parallel_world_size: 2` is not"),
     ],
 )

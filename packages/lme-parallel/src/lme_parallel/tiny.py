@@ -25,6 +25,18 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class Scale(nn.Module):
+    """Channels times numbers that all heads share."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., size) to (..., size)."""
+        return x * self.weight
+
+
 class Attention(nn.Module):
     """Causal attention with dropout; rows of `qkv` are grouped by head."""
 
@@ -36,7 +48,7 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.shard_units = {"heads": HEADS}
         self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=True)
-        self.query_norm = nn.RMSNorm(HIDDEN // HEADS)
+        self.query_scale = Scale(HIDDEN // HEADS)
         self.output = nn.Linear(HIDDEN, HIDDEN, bias=True)
         self.attend = F.scaled_dot_product_attention
 
@@ -44,7 +56,7 @@ class Attention(nn.Module):
         """Map (B, S, H) to (B, S, H)."""
         packed = self.qkv(x).unflatten(-1, (-1, 3, HIDDEN // HEADS))
         query, key, value = packed.permute(3, 0, 2, 1, 4)
-        mixed = self.attend(self.query_norm(query), key, value, is_causal=True)
+        mixed = self.attend(self.query_scale(query), key, value, is_causal=True)
         return self._drop(self.output(mixed.transpose(1, 2).flatten(2)), batch)
 
     def _drop(self, x: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -187,7 +199,7 @@ class InitialValues:
         shape = self._shapes[name]
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         values = torch.randn(tuple(shape), generator=generator) * 0.3
-        values += 1.0 if name.endswith("norm.weight") else 0.0
+        values += 1.0 if name.endswith(("norm.weight", "scale.weight")) else 0.0
         part = values if region is None else values[region]
         self.elements[name] = self.elements.get(name, 0) + prod(part.shape)
         return part

@@ -34,6 +34,8 @@ LAYOUTS = {
     ),
     "FSDP 1 of 4": ({"stage": 3, "fsdp_algorithm": 1}, 4),
     "DDP of 2": ({"stage": 0, "fsdp_algorithm": None}, 2),
+    "tensor 2": ({"tensor_parallel_world_size": 2}, 2),
+    "shards 2 tensor 2": ({"tensor_parallel_world_size": 2, "sequence_parallel": True}, 4),
 }
 GLOBAL_BATCHES = 12
 """Micro batches of a step over all ranks: divides by every number of ranks here."""

@@ -1,0 +1,81 @@
+"""Tensor-parallel layouts compute what one process computes."""
+
+import pytest
+import torch
+
+from lme_parallel.equality import assemble, compare_layout, relative, run_steps
+from lme_parallel.testing import run_distributed
+
+TWO = {"tensor_parallel_world_size": 2}
+TWO_CUT = {**TWO, "sequence_parallel": True}
+FOUR = {"tensor_parallel_world_size": 4}
+WHOLE = {"stage": 0, "fsdp_algorithm": None}
+RECOMPUTE = {"gradient_checkpointing_method": "full"}
+# Settings, processes, options of the model. Its 19 tokens go 10 and 9, or 5, 5, 5 and 4; its rows
+# of 6 tokens are padded to 8 before four processes cut them.
+LAYOUTS = {
+    "two": (TWO, 2, {"dropout": 0.2}),
+    "two, tied": ({**TWO, **WHOLE}, 2, {"is_tied": True}),
+    "two, recomputed": ({**TWO, **RECOMPUTE}, 2, {"dropout": 0.2}),
+    "two, compiled": ({**TWO, "torch_compile": True, **WHOLE}, 2, {}),
+    "two, sequence cut": ({**TWO_CUT, **WHOLE}, 2, {"dropout": 0.2}),
+    "two, sequence cut, tied": (TWO_CUT, 2, {"dropout": 0.2, "is_tied": True}),
+    "two, sequence cut, compiled": ({**TWO_CUT, "torch_compile": True, **WHOLE}, 2, {}),
+    "two, sequence cut, recomputed": ({**TWO_CUT, **RECOMPUTE}, 2, {"dropout": 0.2}),
+    "four": ({**FOUR, **WHOLE}, 4, {"dropout": 0.2}),
+    "four, sequence cut": ({**FOUR, "sequence_parallel": True}, 4, {"dropout": 0.2}),
+    "two shards": ({**TWO, "stage": 3}, 4, {"dropout": 0.2}),
+    "two shards, sequence cut": ({**TWO_CUT, "stage": 3}, 4, {"dropout": 0.2, "is_tied": True}),
+    "two gradient shards": ({**TWO_CUT, "stage": 2}, 4, {}),
+    "two replicas": ({**TWO_CUT, **WHOLE}, 4, {"dropout": 0.2}),
+}
+# Norm of the difference over the norm: sums over processes are taken in another order.
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
+
+
+def check(found, dtype):
+    # Every bit: first values, targets, and what several processes hold.
+    assert [found.pop(each) for each in ("initial", "copies", "targets")] == [0.0] * 3
+    assert max(found.values()) < BOUNDS[dtype], found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_computes_what_one_process_computes(name):
+    settings, size, options = LAYOUTS[name]
+    check(compare_layout(settings, size, options=options), torch.float64)
+
+
+@pytest.mark.parametrize("name", ["two", "two shards, sequence cut"])
+def test_so_does_fp32(name):
+    settings, size, options = LAYOUTS[name]
+    found = compare_layout(settings, size, dtype=torch.float32, options=options)
+    # The gradients of single parameters have a test of their own.
+    assert found.pop("gradients") < 1e-4
+    check(found, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["two", "two, sequence cut"])
+def test_no_gradient_in_fp32_is_further_from_the_truth_than_that_of_one_process(name):
+    settings, size, options = LAYOUTS[name]
+    truth, single = (gradients([run_steps({}, str(each), 2, 1, options)]) for each in BOUNDS)
+    ranks = run_distributed(run_steps, size, settings, str(torch.float32), 2, 1, options)
+    for name, actual in gradients(ranks).items():
+        # Forward passes round differently, and sums that nearly cancel show it: the bound is 1e-6
+        # where one process is that good. Two errors of one size may differ by a small factor.
+        bound = max(1e-6, 4 * relative(single[name], truth[name]))
+        assert relative(actual, truth[name]) < bound, name
+
+
+def gradients(ranks):
+    return assemble([each["history"][0]["gradients"] for each in ranks])[0]
+
+
+@pytest.mark.parametrize("name", ["two, sequence cut", "two shards"])
+def test_bf16_differs_by_roundings_of_sums(name):
+    settings, size, options = LAYOUTS[name]
+    found = compare_layout(settings, size, dtype=torch.bfloat16, steps=1, options=options)
+    assert (found["initial"], found["copies"]) == (0.0, 0.0)
+    # Shares are rounded to bf16, by at most 2**-9, before they are summed: in each of the two
+    # layers' four exchanges forwards and backwards.
+    assert 0 < found["all gradients"] < 8 * 2**-9
+    assert found["loss"] < 2**-9
