@@ -62,6 +62,78 @@ def test_every_option_that_adds_a_tensor_adds_it():
     }
 
 
+def test_a_mixture_has_a_router_experts_and_what_serves_every_token():
+    mlp = {
+        "mlp_type": "MoE",
+        "activation_function": "swiglu",
+        "intermediate_size": 7,
+        "num_experts": 5,
+        "add_bias": True,
+        "shared_intermediate_size": 9,
+        "shared_expert_gating": True,
+        "expert_bias_update_rate": 0.0,
+    }
+    shapes = expected_parameters(SMALL | {"mlp_blocks": [mlp]})
+    assert {name: shape for name, shape in shapes.items() if ".mlp." in name} == {
+        "blocks.0.mlp.router.weight": (5, 24),
+        "blocks.0.mlp.router.selection_bias": (5,),
+        "blocks.0.mlp.experts.gate_up.weight": (5, 14, 24),
+        "blocks.0.mlp.experts.gate_up.bias": (5, 14),
+        "blocks.0.mlp.experts.down.weight": (5, 24, 7),
+        "blocks.0.mlp.experts.down.bias": (5, 24),
+        "blocks.0.mlp.shared.gate_up.weight": (18, 24),
+        "blocks.0.mlp.shared.gate_up.bias": (18,),
+        "blocks.0.mlp.shared.down.weight": (24, 9),
+        "blocks.0.mlp.shared.down.bias": (24,),
+        "blocks.0.mlp.shared_gate.weight": (1, 24),
+    }
+
+
+def test_the_usual_mixture_has_eight_experts_without_gate():
+    shapes = expected_parameters(SMALL | {"mlp_blocks": [{"mlp_type": "MoE"}]})
+    assert shapes["blocks.0.mlp.experts.up.weight"] == (8, 96, 24)
+    assert shapes["blocks.0.mlp.router.weight"] == (8, 24)
+    assert "blocks.0.mlp.router.selection_bias" not in shapes
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_latent_attention_has_its_projections(is_shared):
+    mixer = {
+        "sequence_mixer_type": "multihead_latent_attention",
+        "num_attention_heads": 3,
+        "head_dim": 4,
+        "query_compression_size": 5 if is_shared else None,
+        "key_value_compression_size": 6,
+        "share_compression": is_shared,
+        "rope_head_dim": 2,
+        "value_head_dim": 8 if is_shared else None,
+        "normalization_function": "rmsnorm" if is_shared else "layernorm",
+    }
+    shapes = expected_parameters(SMALL | {"sequence_mixer_blocks": [mixer]})
+    at = "blocks.0.sequence_mixer"
+    shapes = {name: shape for name, shape in shapes.items() if at in name}
+    if is_shared:
+        expected = {
+            f"{at}.query_down.weight": (5, 24),
+            f"{at}.query_norm.weight": (5,),
+            f"{at}.query_up.weight": (18, 5),
+            f"{at}.key_value_down.weight": (8, 24),
+            f"{at}.key_value_norm.weight": (6,),
+            f"{at}.value_up.weight": (24, 6),
+            f"{at}.output.weight": (24, 24),
+        }
+    else:
+        expected = {
+            f"{at}.query_up.weight": (18, 24),
+            f"{at}.key_value_down.weight": (14, 24),
+            f"{at}.key_value_norm.weight": (12,),
+            f"{at}.key_value_norm.bias": (12,),
+            f"{at}.value_up.weight": (12, 6),
+            f"{at}.output.weight": (24, 12),
+        }
+    assert shapes == expected | {f"{at}.key_up.weight": (12, 6)}
+
+
 def test_layers_may_differ():
     mlps = [
         {"activation_function": "swiglu", "intermediate_size": 7},
@@ -82,7 +154,7 @@ def test_layers_may_differ():
             UnsupportedModelError,
             "gru",
         ),
-        ({"mlp_blocks": [{"mlp_type": "MoE"}]}, UnsupportedModelError, "MoE"),
+        ({"mlp_blocks": [{"mlp_type": "LSTM"}]}, UnsupportedModelError, "LSTM"),
         (
             {"mlp_blocks": [{"activation_function": "preglu"}]},
             UnsupportedModelError,

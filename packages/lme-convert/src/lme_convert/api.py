@@ -25,7 +25,7 @@ from lme_convert.families import FAMILIES
 from lme_convert.family import Family
 from lme_convert.files import read_json_object, write_json
 from lme_convert.hub import resolve
-from lme_convert.layout import with_defaults
+from lme_convert.layout import UNROUNDED, with_defaults
 from lme_convert.plan import Step, check_export, check_import, make_steps, read_ours, read_theirs
 from lme_convert.rules import Rename
 from lme_convert.settings import Settings
@@ -293,7 +293,7 @@ def _cast(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        cast = dtype is not None and tensor.is_floating_point()
+        cast = dtype is not None and tensor.is_floating_point() and not name.endswith(UNROUNDED)
         yield name, tensor.to(dtype) if cast else tensor
         # Or it would live until the next one is made.
         del tensor

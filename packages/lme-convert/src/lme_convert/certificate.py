@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lme_convert.directory import ModelDirectory
 from lme_convert.errors import CertificateError
+from lme_convert.layout import UNROUNDED
 from lme_convert.settings import Settings
 
 DEFAULT_TOLERANCE = 1e-5
@@ -85,7 +86,8 @@ class TensorMapping(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._directory:
             raise KeyError(name)
-        return _round(self._directory.tensor(name), self._rounded_to)
+        rounded_to = None if name.endswith(UNROUNDED) else self._rounded_to
+        return _round(self._directory.tensor(name), rounded_to)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._directory.names)

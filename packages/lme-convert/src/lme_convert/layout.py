@@ -29,6 +29,11 @@ _BLOCK_DEFAULTS: Mapping[str, Config] = MappingProxyType(
     {
         "softmax_attention": {"num_attention_heads": 12, "num_key_value_heads": 1},
         "MLP": {"activation_function": "gelu_pytorch_tanh"},
+        "MoE": {
+            "activation_function": "gelu_pytorch_tanh",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
     }
 )
 _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -38,9 +43,13 @@ _KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
+# Added to what a bfloat16 would round away: a conversion to another dtype leaves them as they are.
+UNROUNDED = (".selection_bias", ".e_score_correction_bias")
+
 _MAX_SIZE = 2**31 - 1
 # Above any model; a stranger's config must not decide how long a list is made.
 _MAX_LAYERS = 10_000
+_MAX_EXPERTS = 1_000_000
 
 
 def is_gated(activation_function: str) -> bool:
@@ -96,17 +105,59 @@ def blocks(config: Config, name: str) -> list[dict[str, Any]]:
 def layer_sizes(config: Config) -> list[dict[str, int]]:
     """Sizes that rules need, one entry a layer."""
     mixers, mlps = blocks(config, "sequence_mixer_blocks"), blocks(config, "mlp_blocks")
+    experts = sum(_mixture_sizes(mlp).get("num_experts", 0) for mlp in mlps)
+    if experts > _MAX_EXPERTS:
+        raise ConversionError(
+            f"`num_experts` is {experts} in all layers together; at most {_MAX_EXPERTS} are "
+            "converted"
+        )
     return [
         {
             "hidden_size": integer(config, "hidden_size"),
-            "num_attention_heads": integer(mixer, "num_attention_heads"),
-            "num_key_value_heads": integer(mixer, "num_key_value_heads"),
-            "head_dim": head_dim(config, mixer),
+            **_mixer_sizes(config, mixer),
             "intermediate_size": mlp_width(config, mlp),
-            **({"num_experts": integer(mlp, "num_experts")} if "num_experts" in mlp else {}),
+            **_mixture_sizes(mlp),
         }
         for mixer, mlp in zip(mixers, mlps, strict=True)
     ]
+
+
+def _mixer_sizes(config: Config, mixer: Config) -> dict[str, int]:
+    if mixer["sequence_mixer_type"] == "multihead_latent_attention":
+        return latent_sizes(mixer)
+    return {
+        "num_attention_heads": integer(mixer, "num_attention_heads"),
+        "num_key_value_heads": integer(mixer, "num_key_value_heads"),
+        "head_dim": head_dim(config, mixer),
+    }
+
+
+def _mixture_sizes(mlp: Config) -> dict[str, int]:
+    if mlp["mlp_type"] != "MoE":
+        return {}
+    sizes = {"num_experts": integer(mlp, "num_experts")}
+    if mlp.get("shared_intermediate_size") is not None:
+        sizes["shared_intermediate_size"] = integer(mlp, "shared_intermediate_size")
+    return sizes
+
+
+def latent_sizes(mixer: Config) -> dict[str, int]:
+    """Sizes of multi-head latent attention; `query_compression_size` only where there is one.
+
+    Raises:
+        ConversionError: If one is missing or malformed.
+    """
+    sizes = {
+        name: integer(mixer, name)
+        for name in ("num_attention_heads", "head_dim", "key_value_compression_size")
+    }
+    sizes["value_head_dim"] = integer(mixer, "value_head_dim", sizes["head_dim"])
+    sizes |= {
+        name: integer(mixer, name)
+        for name in ("query_compression_size", "rope_head_dim")
+        if mixer.get(name) is not None
+    }
+    return sizes
 
 
 def head_dim(config: Config, mixer: Config) -> int:
@@ -173,6 +224,8 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[i
 
 def _attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
     kind = mixer["sequence_mixer_type"]
+    if kind == "multihead_latent_attention":
+        return _latent_attention(config, mixer, name)
     if kind != "softmax_attention":
         raise UnsupportedModelError(f"`sequence_mixer_type` {kind} cannot be converted yet")
     hidden_size, channels = integer(config, "hidden_size"), head_dim(config, mixer)
@@ -190,16 +243,61 @@ def _attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int,
 
 def _mlp(config: Config, mlp: Config, name: str) -> dict[str, tuple[int, ...]]:
     kind = mlp["mlp_type"]
+    if kind == "MoE":
+        return _mixture(config, mlp, name)
     if kind != "MLP":
         raise UnsupportedModelError(f"`mlp_type` {kind} cannot be converted yet")
+    return _dense(config, mlp, name, mlp_width(config, mlp))
+
+
+def _dense(config: Config, mlp: Config, name: str, width: int) -> dict[str, tuple[int, ...]]:
+    hidden_size, bias, gated = integer(config, "hidden_size"), bool(mlp.get("add_bias")), _gate(mlp)
+    first = f"{name}.gate_up" if gated else f"{name}.up"
+    return _linear(first, 2 * width if gated else width, hidden_size, bias) | _linear(
+        f"{name}.down", hidden_size, width, bias
+    )
+
+
+def _mixture(config: Config, mlp: Config, name: str) -> dict[str, tuple[int, ...]]:
+    experts, hidden_size = integer(mlp, "num_experts"), integer(config, "hidden_size")
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.router.weight": (experts, hidden_size)}
+    if mlp.get("expert_bias_update_rate") is not None:
+        shapes[f"{name}.router.selection_bias"] = (experts,)
+    of_one = _dense(config, mlp, f"{name}.experts", mlp_width(config, mlp))
+    shapes |= {tensor: (experts, *shape) for tensor, shape in of_one.items()}
+    if mlp.get("shared_intermediate_size") is not None:
+        width = integer(mlp, "shared_intermediate_size")
+        shapes |= _dense(config, mlp, f"{name}.shared", width)
+    if mlp.get("shared_expert_gating"):
+        shapes[f"{name}.shared_gate.weight"] = (1, hidden_size)
+    return shapes
+
+
+def _latent_attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
+    sizes, hidden_size = latent_sizes(mixer), integer(config, "hidden_size")
+    heads, bias = sizes["num_attention_heads"], bool(mixer.get("add_bias"))
+    compressed = sizes["key_value_compression_size"]
+    latent = compressed * (1 if mixer.get("share_compression") else 2)
+    rotary, values = sizes.get("rope_head_dim", 0), heads * sizes["value_head_dim"]
+    kind = {"normalization_function": mixer.get("normalization_function", "layernorm")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    queries = sizes.get("query_compression_size")
+    if queries is not None:
+        shapes |= _linear(f"{name}.query_down", queries, hidden_size, bias)
+        shapes |= _norm(kind, f"{name}.query_norm", queries)
+    rows = heads * (sizes["head_dim"] + rotary)
+    shapes |= _linear(f"{name}.query_up", rows, queries or hidden_size, bias)
+    shapes |= _linear(f"{name}.key_value_down", latent + rotary, hidden_size, bias)
+    shapes |= _norm(kind, f"{name}.key_value_norm", latent)
+    shapes |= _linear(f"{name}.key_up", heads * sizes["head_dim"], compressed, bias)
+    shapes |= _linear(f"{name}.value_up", values, compressed, bias)
+    return shapes | _linear(f"{name}.output", hidden_size, values, bias)
+
+
+def _gate(mlp: Config) -> bool:
     activation_function = str(mlp.get("activation_function"))
     if activation_function in ("prelu", "prelu_glu", "preglu"):
         raise UnsupportedModelError(
             f"`activation_function` {activation_function} has a weight, which no family has"
         )
-    hidden_size, width = integer(config, "hidden_size"), mlp_width(config, mlp)
-    bias, gated = bool(mlp.get("add_bias")), is_gated(activation_function)
-    first = f"{name}.gate_up" if gated else f"{name}.up"
-    return _linear(first, 2 * width if gated else width, hidden_size, bias) | _linear(
-        f"{name}.down", hidden_size, width, bias
-    )
+    return is_gated(activation_function)

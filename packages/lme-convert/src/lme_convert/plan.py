@@ -132,7 +132,7 @@ def _step(
 ) -> Step | None:
     ours = tuple(name.replace("{i}", str(layer)) for name in rule.ours)
     present = [name in expected for name in ours]
-    if not any(present):
+    if not any(present) or not rule.applies(sizes):
         return None
     if not all(present):
         raise ConversionError(f"the model has only some of the tensors that one rule makes: {rule}")

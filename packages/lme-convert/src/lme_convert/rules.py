@@ -91,6 +91,24 @@ class Interleave:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternate:
+    """Equal runs of rows of one tensor taken in turn: gates, then ups, become gate, up, gate, up."""
+
+    parts: int = 2
+    dim: int = 0
+
+    def to_ours(self, tensors: Sequence[Tensor], sizes: Sizes) -> list[Tensor]:
+        return [self._exchanged(tensor, (self.parts, -1)) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor], sizes: Sizes) -> list[Tensor]:
+        return [self._exchanged(tensor, (-1, self.parts)) for tensor in tensors]
+
+    def _exchanged(self, tensor: Tensor, split: tuple[int, int]) -> Tensor:
+        dim = self.dim
+        return tensor.unflatten(dim, split).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedQKV:
     """Query, key and value rows grouped per key-value head: [its queries, key, value], repeated.
 
@@ -199,6 +217,14 @@ class Rule:
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     transform: Transform = field(default_factory=Rename)
+    given: str | None = None
+    """Name in `Sizes` without which a layer is none of this rule's."""
+    absent: str | None = None
+    """Name in `Sizes` with which a layer is none of this rule's."""
+
+    def applies(self, sizes: Sizes) -> bool:
+        """Whether a layer of these sizes is this rule's, if the model has its tensors."""
+        return (self.given is None or self.given in sizes) and self.absent not in sizes
 
     def __str__(self) -> str:
         return f"{', '.join(self.theirs)} -> {', '.join(self.ours)} by {self.transform}"

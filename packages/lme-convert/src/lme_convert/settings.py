@@ -123,6 +123,21 @@ class Settings:
                 "converted exactly"
             )
 
+    def layers(self, name: str, num_layers: int) -> list[int]:
+        """Read a list of indices of layers; absent or null is none.
+
+        Raises:
+            ConversionError: If it is not such a list.
+        """
+        value = self.value(name)
+        value = [] if value is None else value
+        fits = isinstance(value, list) and all(
+            type(layer) is int and 0 <= layer < num_layers for layer in value
+        )
+        if not fits:
+            self._refuse(name, value, f"a list of layers from 0 to {num_layers - 1}")
+        return value
+
     def entries(self, name: str) -> list[dict[str, Any]]:
         """Read `sequence_mixer_blocks` or `mlp_blocks` of ours: one entry a layer."""
         self._read.update((name, "num_layers"))

@@ -1,5 +1,6 @@
 """What the Llama-like families share: names of tensors, and the fields of both configs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lme_convert.errors import ConversionError, UnsupportedModelError
@@ -88,13 +89,19 @@ _OUR_IDLE = (
     "p_norm_order",
     "rope_channels",
     "router_aux_loss_coef",
+    "router_z_loss_coef",
     "use_cache",
     "use_depth_scaled_init",
 )
 
 
 def read_decoder(
-    theirs: Settings, *, bos_token_id: int | None = None, eos_token_id: int | None = None
+    theirs: Settings,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    rope_theta: float = 10000.0,
+    rms_norm_eps: float = 1e-6,
 ) -> dict[str, Any]:
     """Read what all these families call alike; blocks are added by the family.
 
@@ -102,6 +109,8 @@ def read_decoder(
         theirs: Their settings.
         bos_token_id: What their class takes where a file has no such field.
         eos_token_id: The same.
+        rope_theta: The same.
+        rms_norm_eps: The same.
 
     Raises:
         ConversionError: If a field is missing or malformed.
@@ -117,13 +126,13 @@ def read_decoder(
         "hidden_size": theirs.integer("hidden_size"),
         "num_layers": theirs.integer("num_hidden_layers"),
         "normalization_function": "rmsnorm",
-        "layer_norm_epsilon": theirs.number("rms_norm_eps", 1e-6),
+        "layer_norm_epsilon": theirs.number("rms_norm_eps", rms_norm_eps),
         "initializer_range": theirs.number("initializer_range", 0.02),
         "bos_token_id": theirs.token_ids("bos_token_id", bos_token_id),
         "eos_token_id": theirs.token_ids("eos_token_id", eos_token_id),
         "pad_token_id": theirs.token_ids("pad_token_id"),
         "position_embedding_type": "rope",
-        **read_rope(theirs),
+        **read_rope(theirs, rope_theta),
         "tie_word_embeddings": theirs.boolean("tie_word_embeddings", False),
     }
 
@@ -160,12 +169,33 @@ def read_mlp(theirs: Settings) -> dict[str, Any]:
         UnsupportedModelError: For an activation whose gated form we do not have.
         ConversionError: If a field is missing or malformed.
     """
-    theirs.expect("hidden_act", _ACTIVATIONS, default="silu")
     return {
         "mlp_type": "MLP",
-        "activation_function": _ACTIVATIONS[theirs.string("hidden_act", "silu")],
+        "activation_function": read_activation(theirs),
         "intermediate_size": theirs.integer("intermediate_size"),
     }
+
+
+def read_activation(theirs: Settings) -> str:
+    """Read the activation of gated MLPs.
+
+    Raises:
+        UnsupportedModelError: For one whose gated form we do not have.
+    """
+    theirs.expect("hidden_act", _ACTIVATIONS, default="silu")
+    return _ACTIVATIONS[theirs.string("hidden_act", "silu")]
+
+
+def write_activation(mlp: Settings) -> str:
+    """Write the activation of a gated MLP.
+
+    Raises:
+        UnsupportedModelError: For an MLP that is not gated, or gated by another function.
+    """
+    theirs_of = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    mlp.expect("activation_function", (*theirs_of, *_ALIASES))
+    activation = mlp.string("activation_function")
+    return theirs_of[_ALIASES.get(activation, activation)]
 
 
 def write_decoder(ours: Settings) -> dict[str, Any]:
@@ -214,6 +244,16 @@ def write_attention(ours: Settings, mixer: Settings) -> dict[str, Any]:
     }
 
 
+def drop_plain_head_dim(config: dict[str, Any]) -> None:
+    """Leave out a `head_dim` that says nothing new: some classes read it only where a file has it.
+
+    Args:
+        config: Theirs, changed in place.
+    """
+    if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
+        del config["head_dim"]
+
+
 def attention_multiplier(mixer: Settings, head_dim: int) -> float:
     """Factor of query times key that a block of ours asks for, given or by formula."""
     mixer.expect("attention_multiplier_method", (None, "1 / sqrt(head_dim)", "1 / head_dim"))
@@ -244,13 +284,10 @@ def write_mlp(ours: Settings, mlp: Settings) -> dict[str, Any]:
         UnsupportedModelError: For an MLP that is not gated, or gated by another function.
         ConversionError: If a field is missing or malformed.
     """
-    theirs_of = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     mlp.expect("mlp_type", ("MLP",), default="MLP")
-    mlp.expect("activation_function", (*theirs_of, *_ALIASES))
     mlp.drop(("dropout",))
-    activation = mlp.string("activation_function")
     return {
-        "hidden_act": theirs_of[_ALIASES.get(activation, activation)],
+        "hidden_act": write_activation(mlp),
         "intermediate_size": mlp.integer("intermediate_size", 4 * ours.integer("hidden_size")),
     }
 
@@ -265,11 +302,12 @@ def read_windows(theirs: Settings, num_layers: int) -> list[int | None]:
         UnsupportedModelError: For a kind of layer that is neither full nor sliding.
         ConversionError: If a field is malformed.
     """
-    window = theirs.optional_integer("sliding_window")
+    used = theirs.boolean("use_sliding_window", False)
+    # Some classes write 0 for a window that is not used.
+    window = theirs.optional_integer("sliding_window", minimum=1 if used else 0)
     first = theirs.integer("max_window_layers", 28, minimum=0)
     kinds = theirs.value("layer_types")
-    if not theirs.boolean("use_sliding_window", False):
-        window = None
+    window = window if used else None
     if kinds is None:
         return [window if layer >= first else None for layer in range(num_layers)]
     if not isinstance(kinds, list) or len(kinds) != num_layers:
@@ -305,26 +343,36 @@ def write_windows(ours: Settings) -> dict[str, Any]:
     }
 
 
-def uniform(ours: Settings, name: str, *, differing: tuple[str, ...] = ()) -> Settings:
-    """The one block that stands for all layers.
+def uniform(
+    ours: Settings,
+    name: str,
+    *,
+    differing: tuple[str, ...] = (),
+    layers: Sequence[int] | None = None,
+) -> Settings:
+    """The one block that stands for all layers, or for some.
 
     Args:
         ours: Our settings.
         name: `sequence_mixer_blocks` or `mlp_blocks`.
         differing: Fields in which layers may differ; those of the first are kept.
+        layers: Layers that are looked at, at least one; `None` is all.
 
     Raises:
         UnsupportedModelError: If layers differ elsewhere.
     """
     entries = ours.entries(name)
-    for layer, entry in enumerate(entries):
-        for key in sorted({*entry, *entries[0]} - set(differing)):
-            if entry.get(key) != entries[0].get(key):
+    layers = range(len(entries)) if layers is None else layers
+    first = entries[layers[0]]
+    for layer in layers:
+        entry = entries[layer]
+        for key in sorted({*entry, *first} - set(differing)):
+            if entry.get(key) != first.get(key):
                 raise UnsupportedModelError(
-                    f"`{name}[{layer}].{key}` is {entry.get(key)!r} but {entries[0].get(key)!r} in "
-                    "the first layer; this family has one setting for all layers"
+                    f"`{name}[{layer}].{key}` is {entry.get(key)!r} but {first.get(key)!r} in "
+                    f"layer {layers[0]}; this family has one setting for all such layers"
                 )
-    return Settings(entries[0], f"{name}[0]")
+    return Settings(first, f"{name}[{layers[0]}]")
 
 
 def single(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 from lme_convert.families.decoder import (
     DECODER_RULES,
     attention_multiplier,
+    drop_plain_head_dim,
     read_attention,
     read_decoder,
     read_mlp,
@@ -24,6 +25,17 @@ _MULTIPLIERS = (
 )
 
 
+def read_multipliers(theirs: Settings) -> dict[str, Any]:
+    """Read the multipliers of the whole model."""
+    values = {ours: theirs.number(name, 1.0) for name, ours in _MULTIPLIERS}
+    return {name: None if value == 1.0 else value for name, value in values.items()}
+
+
+def write_multipliers(ours: Settings) -> dict[str, Any]:
+    """Write the multipliers of the whole model."""
+    return {name: ours.number(of_ours, 1.0) for name, of_ours in _MULTIPLIERS}
+
+
 def import_config(theirs: Settings) -> dict[str, Any]:
     """Granite's config to ours."""
     mixer = read_attention(theirs) | {
@@ -31,10 +43,7 @@ def import_config(theirs: Settings) -> dict[str, Any]:
         "attention_multiplier": theirs.number("attention_multiplier", 1.0),
     }
     mlp = read_mlp(theirs) | {"add_bias": theirs.boolean("mlp_bias", False)}
-    config = read_decoder(theirs, bos_token_id=1, eos_token_id=2)
-    for name, ours in _MULTIPLIERS:
-        value = theirs.number(name, 1.0)
-        config[ours] = None if value == 1.0 else value
+    config = read_decoder(theirs, bos_token_id=1, eos_token_id=2) | read_multipliers(theirs)
     theirs.warn_of_rest()
     return config | {"sequence_mixer_blocks": [mixer], "mlp_blocks": [mlp]}
 
@@ -46,12 +55,9 @@ def export_config(ours: Settings) -> dict[str, Any]:
     config["attention_bias"] = mixer.boolean("add_bias", False)
     config["mlp_bias"] = mlp.boolean("add_bias", False)
     mixer.expect("qkv_bias", (None, config["attention_bias"]))
-    for name, of_ours in _MULTIPLIERS:
-        config[name] = ours.number(of_ours, 1.0)
+    config |= write_multipliers(ours)
     config["attention_multiplier"] = attention_multiplier(mixer, config["head_dim"])
-    if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
-        # Their class has no such field; it is read only where a file brings it.
-        del config["head_dim"]
+    drop_plain_head_dim(config)
     for settings in (ours, mixer, mlp):
         settings.refuse_rest()
     return config

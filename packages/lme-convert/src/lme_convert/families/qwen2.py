@@ -4,6 +4,7 @@ from typing import Any
 
 from lme_convert.families.decoder import (
     DECODER_RULES,
+    drop_plain_head_dim,
     expect_no_multipliers,
     read_attention,
     read_decoder,
@@ -40,9 +41,7 @@ def export_config(ours: Settings) -> dict[str, Any]:
     mixer.drop(("sliding_window",))
     mixer.expect("qkv_bias", (True,))
     expect_no_multipliers(ours, mixer, config["head_dim"])
-    if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
-        # Their class has no such field; it is read only where a file brings it.
-        del config["head_dim"]
+    drop_plain_head_dim(config)
     for settings in (ours, mixer, mlp):
         settings.refuse_rest()
     return config

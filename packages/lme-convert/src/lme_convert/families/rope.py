@@ -35,8 +35,12 @@ _FIELDS = {
 _IDLE = ("finetuned",)
 
 
-def read_rope(theirs: Settings) -> dict[str, Any]:
+def read_rope(theirs: Settings, default_theta: float = _DEFAULT_THETA) -> dict[str, Any]:
     """Translate their rotary settings to `rope_theta` and `rope_scaling` of ours.
+
+    Args:
+        theirs: Their settings.
+        default_theta: What their class takes where a file has no base.
 
     Raises:
         UnsupportedModelError: For a kind of scaling that we do not have, naming it.
@@ -45,7 +49,7 @@ def read_rope(theirs: Settings) -> dict[str, Any]:
     parameters = _mapping(theirs, "rope_parameters")
     # Where a file has both, transformers lets the older one win.
     parameters = _mapping(theirs, "rope_scaling") or parameters
-    theta = theirs.number("rope_theta", _DEFAULT_THETA)
+    theta = theirs.number("rope_theta", default_theta)
     factor = theirs.number("partial_rotary_factor", 1.0)
     original = theirs.optional_integer("original_max_position_embeddings")
     scaling = Settings(parameters, f"{theirs.where} (rope)")
