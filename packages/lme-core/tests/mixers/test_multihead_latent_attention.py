@@ -244,8 +244,10 @@ def test_values_and_gradients_are_those_of_deepseek(
         rope_head_dim=4,
         value_head_dim=3,
         normalization_function="rmsnorm",
+        # Theirs, whatever the model's.
+        normalization_epsilon=1e-6,
     )
-    ours = build_mixer(its, dtype=dtype, position_embedding_type="rope", layer_norm_epsilon=1e-6)
+    ours = build_mixer(its, dtype=dtype, position_embedding_type="rope", layer_norm_epsilon=1e-3)
     ours.load_state_dict(in_our_layout(theirs.state_dict(), config))
     S = 15
     x, grad = (random_input(2, S, seed=seed, dtype=dtype) for seed in (1, 2))
@@ -337,6 +339,7 @@ def test_alike_layers_compile_whole_and_once(packed, build_mixer, random_input, 
     [
         ({"head_dim": 0}, "`head_dim` must be at least 1, got 0"),
         ({"query_compression_size": 0}, "`query_compression_size` must be at least 1"),
+        ({"normalization_epsilon": 0.0}, "`normalization_epsilon` must be above 0"),
         ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
     ],
     ids=str,

@@ -58,6 +58,8 @@ class MultiheadLatentAttentionConfig:
     """Tokens that a token sees, itself among them; absent: all before it."""
     normalization_function: Normalization = "layernorm"
     """Norm of the compressed channels."""
+    normalization_epsilon: float | None = None
+    """Epsilon of that norm; absent: `layer_norm_epsilon` of the model."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -71,6 +73,11 @@ class MultiheadLatentAttentionConfig:
                 "sliding_window": self.sliding_window,
             }
         )
+        if self.normalization_epsilon is not None and self.normalization_epsilon <= 0:
+            raise ValueError(
+                f"`normalization_epsilon` must be above 0, or absent for that of the model; got "
+                f"{self.normalization_epsilon}"
+            )
         check_probability("softmax_dropout", self.softmax_dropout)
         check_probability("dropout", self.dropout)
 
@@ -214,11 +221,14 @@ class MultiheadLatentAttention(SequenceMixer):
             std = linear_std(settings, inputs)
             return Linear(inputs, outputs, bias=config.add_bias, std=std, mup=True)
 
+        eps = config.normalization_epsilon
+        eps = settings.layer_norm_epsilon if eps is None else eps
+
         def norm(size: int) -> Norm:
             return Norm(
                 config.normalization_function,
                 size,
-                eps=settings.layer_norm_epsilon,
+                eps=eps,
                 p=settings.p_norm_order,
                 kernels=kernels,
             )
