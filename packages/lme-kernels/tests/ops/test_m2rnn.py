@@ -9,6 +9,8 @@ from lme_kernels.testing import check_against_reference, fused_backends
 # Empty sequences at both ends and in the middle.
 LENGTHS = [0, 3, 0, 5, 1, 0]
 CU = torch.tensor([0, 0, 3, 3, 8, 9, 9], dtype=torch.int32)
+# Of fewer tokens, for Triton's interpreter.
+SHORT = torch.tensor([0, 0, 3, 4, 4], dtype=torch.int32)
 T, N, K, V = 9, 4, 3, 2
 # Heads of query, key, value, weight and forget; the largest is N.
 ALL, GROUPS = (4, 4, 4, 4, 4), (1, 2, 4, 2, 1)
@@ -122,10 +124,10 @@ def test_the_final_state_has_the_dtype_of_the_initial_one():
 def test_kernels_match_float64_on_packed_sequences(backend, clip):
     def call(*arguments, backend):
         *inputs, initial = arguments
-        options = {"cu_seqlens": CU.to(initial.device), "gradient_clipping": clip}
+        options = {"cu_seqlens": SHORT.to(initial.device), "gradient_clipping": clip}
         return m2rnn(*inputs, initial_state=initial, **options, backend=backend)
 
-    arguments = [*tensors((T,), GROUPS, 5, 7), torch.randn(6, N, 5, 7)]
+    arguments = [*tensors((4,), GROUPS, 5, 7), torch.randn(4, N, 5, 7)]
     check_against_reference(call, arguments, backend=backend, dtype=torch.float32)
 
 
