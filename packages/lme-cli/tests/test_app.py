@@ -105,12 +105,14 @@ def test_wrong_usage_is_exit_code_2(lme):
     assert lme("train", "--nproc", "0")[0] == 2
 
 
-def test_more_processes_than_one_are_refused_clearly(tiny_run, lme):
-    code, _, err = lme("train", tiny_run, "--nproc", "2")
-    assert code == 1
-    assert err == (
-        "error: `--nproc 2`: more than one process is not supported yet; use `--nproc 1`\n"
-    )
+def test_processes_that_do_not_fit_are_refused_before_they_start(tiny_run, lme):
+    settings = ("--set", "distributed_args.pipeline_parallel_world_size=3")
+    more = ("--set", "distributed_args.num_pipeline_stages=3")
+    schedule = ("--set", "distributed_args.pipeline_parallel_schedule=1F1B")
+    code, _, err = lme("train", tiny_run, "--nproc", "2", *settings, *more, *schedule)
+    assert code == 2
+    assert "does not fit 2 processes" in err
+    assert "`pipeline_parallel_world_size` (3)" in err
 
 
 def test_config_check_takes_an_unshard_file(tmp_path, lme):

@@ -84,8 +84,10 @@ def _start(
     from lme_cli.run import train as run_training
     from lme_cli.run_file import load
     from lme_parallel.failures import report_failure
+    from lme_parallel.launcher import follow_launcher
 
     given = settings or []
+    follow_launcher(os.environ)
     try:
         hosts = find_hosts(nproc, os.environ)
         run_file = load_default(given) if path is None else apply_overrides(load(path), given)
