@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from lme_convert.families.deepseek_v3 import DEEPSEEK_V3
 from lme_convert.families.granite import GRANITE
 from lme_convert.families.granitemoe import GRANITE_MOE
 from lme_convert.families.granitemoeshared import GRANITE_MOE_SHARED
@@ -32,6 +33,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             QWEN3_MOE,
             GRANITE_MOE,
             GRANITE_MOE_SHARED,
+            DEEPSEEK_V3,
         )
     }
 )
