@@ -1,4 +1,5 @@
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -99,6 +100,22 @@ def test_a_process_that_was_killed_is_told_from_one_that_ended():
     assert (failure.rank, failure.exit_code) == (0, -9)
 
 
+LAUNCHER = """
+import os
+from lme_parallel.launch import detect
+from lme_parallel.launcher import run_workers, worker_environments
+print(run_workers({command!r}, worker_environments(2, detect({{}}), os.environ)))
+"""
+
+
+def launch(body, *options):
+    """Start a launcher in a process of its own."""
+    command = [sys.executable, *options, "-c", script(body)[-1]]
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER.format(command=command)], stdout=subprocess.PIPE, text=True
+    )
+
+
 def test_requests_to_end_are_passed_on():
     body = """
         import signal, threading
@@ -108,17 +125,7 @@ def test_requests_to_end_are_passed_on():
         asked.wait(60)
         print("asked")
     """
-    launcher = f"""
-        import sys
-        from lme_parallel.launch import detect
-        from lme_parallel.launcher import run_workers, worker_environments
-        import os
-        print(run_workers({script(body)!r}, worker_environments(2, detect({{}}), os.environ)))
-    """
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(launcher)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
+    with launch(body, "-S") as process:
         assert {process.stdout.readline() for _ in range(2)} == {
             "[rank 0] ready\n",
             "[rank 1] ready\n",
@@ -126,6 +133,24 @@ def test_requests_to_end_are_passed_on():
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
     assert set(rest.splitlines()) == {"[rank 0] asked", "[rank 1] asked", "None"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent")
+def test_processes_end_with_a_launcher_that_was_killed():
+    body = """
+        from lme_parallel.failures import follow_launcher
+        follow_launcher(os.environ)
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    """
+    with launch(body) as process:
+        workers = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
+        handles = [os.pidfd_open(each) for each in workers]
+        process.kill()
+        for handle in handles:
+            # Readable when the process ended.
+            assert select.select([handle], [], [], 10)[0]
+            os.close(handle)
 
 
 def test_a_failure_is_reported_once(tmp_path):

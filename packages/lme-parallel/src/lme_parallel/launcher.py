@@ -1,6 +1,5 @@
 """Starts the processes of one host, shows what they say, and ends them all when one fails."""
 
-import ctypes
 import os
 import queue
 import signal
@@ -15,12 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lme_parallel.failures import ERROR_FILE_VARIABLE, read_failure
+from lme_parallel.failures import ERROR_FILE_VARIABLE, LAUNCHER_VARIABLE, read_failure
 from lme_parallel.launch import Launch
 
-LAUNCHER_VARIABLE = "LME_LAUNCHER_PROCESS"
-"""Number of the process that started this one and ends it."""
-_PARENT_DEATH_SIGNAL = 1
 GRACE_SECONDS = 5.0
 """Between asking processes to end and killing them."""
 
@@ -102,23 +98,6 @@ def run_workers(
             group.end()
             for each, handler in previous.items():
                 signal.signal(each, handler)
-
-
-def follow_launcher(environment: Mapping[str, str]) -> None:
-    """Ask the system to end this process when the launcher that started it is gone.
-
-    Only Linux can. Without a launcher nothing happens.
-
-    Args:
-        environment: Environment variables.
-    """
-    launcher = environment.get(LAUNCHER_VARIABLE)
-    if launcher is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
-    if os.getppid() != int(launcher):
-        # It went before the system was asked.
-        raise RuntimeError(f"the launcher, process {launcher}, is gone")
 
 
 class _Worker:

@@ -83,8 +83,7 @@ def _start(
     from lme_cli.run import plan_only
     from lme_cli.run import train as run_training
     from lme_cli.run_file import load
-    from lme_parallel.failures import report_failure
-    from lme_parallel.launcher import follow_launcher
+    from lme_parallel.failures import follow_launcher, report_failure
 
     given = settings or []
     follow_launcher(os.environ)
