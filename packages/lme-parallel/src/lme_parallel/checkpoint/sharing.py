@@ -112,7 +112,7 @@ def _cut_small(steps: list[int], layout: ArrayLayout) -> tuple[int, ...]:
     """Cut chunks to at most 64 MiB, staying on the grid of the steps."""
     chunks = list(steps)
     for dim, size in enumerate(layout.shape):
-        row_bytes = prod(chunks[dim + 1 :]) * layout.dtype.itemsize
+        row_bytes = prod(chunks[:dim] + chunks[dim + 1 :]) * layout.dtype.itemsize
         if chunks[dim] * row_bytes <= MAX_CHUNK_BYTES:
             break
         most = max(1, MAX_CHUNK_BYTES // row_bytes)
