@@ -74,6 +74,8 @@ def test_values_and_gradients_match_float64(op, example, backend):
                 backend=backend,
                 dtype=dtype,
                 constants=example.constants,
+                # Attention's kernels are torch's, in whose backward float32 sums are longer.
+                roundings=2.0 if op.name == "attention" else 1.0,
             )
         except UnsupportedBackendError as error:
             refused.append(str(error))

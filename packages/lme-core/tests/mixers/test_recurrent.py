@@ -411,7 +411,11 @@ def test_decay_gates_start_where_their_settings_say():
 @pytest.mark.gpu
 @every_mixer
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_gpu_computes_what_a_cpu_does(config, packed, build_mixer, random_input, cu_seqlens):
+def test_a_gpu_computes_what_a_cpu_does(
+    config, packed, build_mixer, random_input, cu_seqlens, monkeypatch
+):
+    # As in training, where `set_tf32` sees to it.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     results = []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
         mixer = build_mixer(config).to(device, dtype)

@@ -69,7 +69,12 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_matches(
-    actual: Tensor, reference: Tensor, exact: Tensor | None = None, *, name: str = "result"
+    actual: Tensor,
+    reference: Tensor,
+    exact: Tensor | None = None,
+    *,
+    name: str = "result",
+    roundings: float = 1.0,
 ) -> None:
     """Check that `actual` is as exact as the torch reference of the same dtype.
 
@@ -78,6 +83,7 @@ def assert_matches(
         reference: What the torch reference gave for the same arguments in the same dtype.
         exact: What the torch reference gave in float64; `None` takes `reference` for exact.
         name: What is compared, for the message.
+        roundings: Factor of the error that is allowed however exact the reference is.
 
     Raises:
         AssertionError: If shape or dtype differ, or the relative root mean square error is more
@@ -89,7 +95,7 @@ def assert_matches(
         if not torch.equal(actual, reference):
             raise AssertionError(f"{name}: integers differ")
         return
-    floor = FLOORS[actual.dtype]
+    floor = FLOORS[actual.dtype] * roundings
     error = relative_error(actual, reference if exact is None else exact)
     allowed = floor if exact is None else max(2.0 * relative_error(reference, exact), floor)
     # Written so that a NaN fails.
@@ -160,6 +166,7 @@ def check_against_reference(
     dtype: torch.dtype,
     where: torch.device | str | None = None,
     constants: Sequence[int] = (),
+    roundings: float = 1.0,
 ) -> None:
     """Prove an implementation on one call: outputs and all gradients, by the rule of this package.
 
@@ -175,6 +182,7 @@ def check_against_reference(
         dtype: Dtype to prove it in.
         where: Device to run on; `None` takes `device_for(backend)`.
         constants: Positions of floating-point arguments that have no gradient.
+        roundings: As `assert_matches` takes it: for kernels of libraries, which we only choose.
 
     Raises:
         AssertionError: If an output or a gradient does not match.
@@ -202,7 +210,7 @@ def check_against_reference(
         if len(ours) != len(theirs):
             raise AssertionError(f"{len(ours)} {kind}s should be {len(theirs)}")
         for index, (actual, reference, true) in enumerate(zip(ours, theirs, truth, strict=True)):
-            assert_matches(actual, reference, true, name=f"{kind} {index}")
+            assert_matches(actual, reference, true, name=f"{kind} {index}", roundings=roundings)
 
 
 def _placed(argument: Any, dtype: torch.dtype, place: torch.device) -> Any:

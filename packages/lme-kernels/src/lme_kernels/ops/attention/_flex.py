@@ -121,7 +121,14 @@ def _make_mask() -> Callable[..., Any]:
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention)
+
+    def attend(*args: Any, **options: Any) -> Any:
+        # A graph may be walked more than once: its backward must leave saved tensors as they are.
+        with torch._functorch.config.patch(donated_buffer=False):
+            return compiled(*args, **options)
+
+    return attend
 
 
 @cache

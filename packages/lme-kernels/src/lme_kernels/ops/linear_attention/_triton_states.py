@@ -36,6 +36,15 @@ def kind_of_sums(decay: Tensor | None) -> int:
     return HEAD if decay.ndim == 3 else CHANNEL
 
 
+@triton.jit
+def _sums(step, length, C: tl.constexpr):
+    """Sums over rows, that of the last token from there on: a scan rounds each row its own way."""
+    row = tl.arange(0, C)[:, None]
+    until = tl.cumsum(step.to(tl.float32), axis=0)
+    last = tl.sum(tl.where(row == length - 1, until, 0.0), axis=0, keep_dims=True)
+    return tl.where(row < length, until, last)
+
+
 @triton.jit(do_not_specialize=["S", "count"])
 def _decay_kernel(
     log_decay_ptr,
@@ -64,8 +73,7 @@ def _decay_kernel(
     here = (head < N)[None, :]
     if HAS_DECAY:
         step = load_rows(log_decay_ptr, start, length, decay_stride, first, C, N, BLOCK)
-        until = tl.cumsum(step.to(tl.float32), axis=0)
-        tl.store(decay_ptr + offset, until, mask=here)
+        tl.store(decay_ptr + offset, _sums(step, length, C), mask=here)
     if HAS_FACTOR:
         weight = load_rows(factor_ptr, start, length, factor_stride, first, C, N, BLOCK)
         tl.store(weight_ptr + offset, weight.to(tl.float32), mask=here)
@@ -93,7 +101,7 @@ def _channel_decay_kernel(
     start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
     own = log_decay_ptr + head.to(tl.int64) * head_stride
     step = load_rows(own, start, length, stride, first, C, K, BLOCK)
-    until = tl.cumsum(step.to(tl.float32), axis=0)
+    until = _sums(step, length, C)
     store_rows(decay_ptr, until, (slot * N + head) * C, C, K, first, C, K, BLOCK)
 
 
