@@ -24,6 +24,7 @@ from lme_core.layers.initialization import (
 )
 from lme_core.layers.linear import Embedding, Linear
 from lme_core.layers.normalization import build_norm
+from lme_core.layers.rotary import Rotary
 from lme_core.mixers.base import LayerCache, SequenceMixer
 from lme_core.mlps.base import MLP
 from lme_kernels.ops.fused_linear_cross_entropy import FUSED_LINEAR_CROSS_ENTROPY
@@ -116,8 +117,8 @@ class Decoder(nn.Module):
     """
 
     linear_nll: Callable[..., Tensor]
-    """The op (x (T, H), weight (V, H), labels (T,), *, logit_scale, reduction) -> loss. Public so
-    that a vocabulary cut over devices can be served by another function."""
+    """The op (x (T, H), weight (V, H), labels (T,), *, logit_scale, softcap, reduction) -> loss.
+    Public so that a vocabulary cut over devices can be served by another function."""
     linear_logits: Callable[[Tensor, Tensor], Tensor]
     """The product (x (..., H), weight (V, H)) -> logits; public for the same reason."""
 
@@ -160,6 +161,7 @@ class Decoder(nn.Module):
         self.linear_nll = kernels.bind(FUSED_LINEAR_CROSS_ENTROPY)
         self.linear_logits = F.linear
         self.rotary = config.rotary()
+        self.rotary_of_layers = config.rotary_of_layers()
         self.has_dropout = config.has_dropout()
         self.specs: Mapping[str, ParameterSpec] = collect_specs(self)
         self.specs_of_buffers: Mapping[str, ParameterSpec] = collect_buffer_specs(self)
@@ -225,16 +227,18 @@ class Decoder(nn.Module):
         if valid is not None and cache is None and _pads_left(valid):
             raise ValueError("`valid` has rows padded on the left, which need a cache")
         dtype = torch.promote_types(self.parameter_dtype(), torch.float32)
-        positions = batch.get("position_ids")
-        rotary = None
-        if self.rotary is not None:
-            if positions is None:
-                ids = batch["input_ids"]
-                rotary = self.rotary.table(ids.shape[1], device=ids.device, dtype=dtype)
-            else:
-                rotary = self.rotary.at(positions, dtype=dtype)
+
+        def turned(rotary: Rotary) -> tuple[Tensor, Tensor]:
+            positions = batch.get("position_ids")
+            if positions is not None:
+                return rotary.at(positions, dtype=dtype)
+            ids = batch["input_ids"]
+            return rotary.table(ids.shape[1], device=ids.device, dtype=dtype)
+
+        tables = {each: turned(each) for each in set(self.rotary_of_layers.values())}
         return SequenceContext(
-            rotary=rotary,
+            rotary=None if self.rotary is None else turned(self.rotary),
+            rotary_of_layers={i: tables[each] for i, each in self.rotary_of_layers.items()},
             cu_seqlens=batch.get("cu_seqlens"),
             mask=None if cache is None else cache.mask(self.parameter_dtype()),
             valid=valid,
@@ -285,11 +289,18 @@ class Decoder(nn.Module):
         x = self.final_norm(self.residual(stream))
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         scale = 1.0 if self.config.m_width is None else 1.0 / self.config.m_width
+        bound = self.config.logit_softcap
         if labels is None:
             logits = self.linear_logits(x, weight)
-            return HeadOutput(logits if scale == 1.0 else logits * scale, None)
+            logits = logits if scale == 1.0 else logits * scale
+            return HeadOutput(logits if bound is None else bound * (logits / bound).tanh(), None)
         nll = self.linear_nll(
-            x.flatten(0, 1), weight, labels.flatten(), logit_scale=scale, reduction="sum"
+            x.flatten(0, 1),
+            weight,
+            labels.flatten(),
+            logit_scale=scale,
+            softcap=bound,
+            reduction="sum",
         )
         return HeadOutput(None, nll)
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lme_core.layers.dropout import check_probability
 from lme_core.layers.rotary import RopeScalingField, Rotary
@@ -15,6 +16,7 @@ from lme_core.mixers import MixerConfig
 from lme_core.mixers.softmax_attention import SoftmaxAttentionConfig
 from lme_core.mlps import MLPConfig
 from lme_core.mlps.dense import DenseMLPConfig
+from lme_core.mlps.none import NoMLPConfig
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ class DecoderConfig:
     """Kind of the norms."""
     layer_norm_epsilon: float = 1e-5
     """Epsilon of the norms."""
+    zero_centered_norms: bool = False
+    """Whether norms of the residual stream, of queries, keys and compressed channels hold the
+    distance of their factors from 1, as in Gemma and Qwen3-Next."""
     p_norm_order: float = 2.0
     """The p of `p_norm`."""
     position_embedding_type: PositionEmbedding = "rope"
@@ -60,6 +65,8 @@ class DecoderConfig:
     """Factor of what a block adds to the residual stream; absent: 1."""
     m_width: float | None = None
     """Divisor of the logits, and the width factor of `mup`; absent: 1."""
+    logit_softcap: float | None = None
+    """Bound on the magnitude of logits, softcap * tanh(logit / softcap); absent: none."""
     initializer_range: float = 0.02
     """Base standard deviation of initial weights."""
     init_method: InitMethod = "normal"
@@ -83,6 +90,9 @@ class DecoderConfig:
     """Weight of the loss that keeps the logits of routers small; null for none."""
     use_cache: bool | None = None
     """Accepted for old files; without effect: generation always caches, training never."""
+
+    may_lack_mlps: ClassVar[bool] = False
+    """Whether blocks may be a sequence mixer alone."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -144,18 +154,32 @@ class DecoderConfig:
             return None
         if self.rope_dim is not None:
             return self.rope_dim
-        sizes = {mixer.rotary_dim(self) for mixer in self.mixers()}
-        if len(sizes) > 1 or None in sizes:
+        # Mixers that know the order of tokens by themselves have none.
+        sizes = {mixer.rotary_dim(self) for mixer in self.mixers()} - {None}
+        if len(sizes) > 1:
             raise ValueError(
-                f"`rope_dim` must be given when layers differ in mixer or head size, here "
+                f"`rope_dim` must be given when layers differ in head size, here "
                 f"{', '.join(sorted(map(str, sizes)))}"
             )
-        return sizes.pop()
+        return sizes.pop() if sizes else None
 
     def rotary(self) -> Rotary | None:
         """Tables for this model's positions; `None` without RoPE."""
         dim = self.rotary_dim()
         return None if dim is None else Rotary(dim, self.rope_theta, self.rope_scaling)
+
+    def rotary_of_layers(self) -> dict[int, Rotary]:
+        """Tables of the layers that have a base of their own, one for all that share it."""
+        dim = self.rotary_dim()
+        if dim is None:
+            return {}
+        bases = {
+            layer: mixer.rope_theta
+            for layer, mixer in enumerate(self.mixers())
+            if isinstance(mixer, SoftmaxAttentionConfig) and mixer.rope_theta is not None
+        }
+        tables = {base: Rotary(dim, base) for base in bases.values()}
+        return {layer: tables[base] for layer, base in bases.items()}
 
     def _check_token_ids(self) -> None:
         ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
@@ -180,6 +204,12 @@ class DecoderConfig:
                     f"`{name}` must have 1 entry, which stands for every layer, or `num_layers` "
                     f"({self.num_layers}) entries, got {len(blocks)}"
                 )
+        for layer, mlp in enumerate(self.mlps()):
+            if isinstance(mlp, NoMLPConfig) and not self.may_lack_mlps:
+                raise ValueError(
+                    f"`mlp_blocks[{layer}].mlp_type` must be MLP or MoE in this architecture, got "
+                    f"none: take `model_type: gpt_base`"
+                )
         for layer, mixer in enumerate(self.mixers()):
             try:
                 mixer.check(self)
@@ -191,6 +221,7 @@ class DecoderConfig:
             ("m_emb", self.m_emb),
             ("m_residual", self.m_residual),
             ("m_width", self.m_width),
+            ("logit_softcap", self.logit_softcap),
             ("initializer_range", self.initializer_range),
             ("layer_norm_epsilon", self.layer_norm_epsilon),
             ("rope_theta", self.rope_theta),
@@ -210,7 +241,9 @@ class DecoderConfig:
 
     def _check_rope(self) -> None:
         dim = self.rotary_dim()
-        if dim is None or dim < 2 or dim % 2:
+        if dim is None:
+            return
+        if dim < 2 or dim % 2:
             raise ValueError(
                 f"`rope_dim` must be even and at least 2, got {dim}"
                 + ("" if self.rope_dim else ", the head size: set `rope_dim` or `head_dim`")

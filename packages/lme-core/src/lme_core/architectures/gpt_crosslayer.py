@@ -48,6 +48,8 @@ class GPTCrossLayerConfig(DecoderConfig):
         last: int | None = None
         for layer, (owner, mixer) in enumerate(zip(owners, self.mixers(), strict=True)):
             attends = isinstance(mixer, SoftmaxAttentionConfig)
+            if isinstance(mixer, SoftmaxAttentionConfig):
+                _check_plain(layer, mixer)
             if owner == layer:
                 last = layer if attends else last
                 continue
@@ -103,6 +105,18 @@ class GPTCrossLayerConfig(DecoderConfig):
             raise ValueError(
                 f"`sharing_pattern[{layer}]`: layers {layer} and {owner} share keys and values and "
                 f"must agree on `num_key_value_heads` and head size, got {sizes[0]} and {sizes[1]}"
+            )
+
+
+def _check_plain(layer: int, mixer: SoftmaxAttentionConfig) -> None:
+    for name, value in (
+        ("qk_norm_across_heads", mixer.qk_norm_across_heads),
+        ("rope_theta", mixer.rope_theta),
+    ):
+        if value:
+            raise ValueError(
+                f"`sequence_mixer_blocks[{layer}].{name}` is {value}, which layers that may share "
+                f"keys cannot have: leave it out, or take `model_type: gpt_base`"
             )
 
 

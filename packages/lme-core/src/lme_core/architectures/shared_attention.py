@@ -10,7 +10,7 @@ from lme_core.layers.context import SequenceContext
 from lme_core.layers.dropout import dropout
 from lme_core.layers.initialization import linear_std
 from lme_core.layers.linear import Linear
-from lme_core.layers.normalization import Norm, build_norm
+from lme_core.layers.normalization import Norm, build_head_norm, build_norm
 from lme_core.layers.settings import ModelSettings
 from lme_core.mixers.attention_dropout import attention_with_dropout
 from lme_core.mixers.softmax_attention import (
@@ -58,7 +58,7 @@ class KeyValue(nn.Module):
         )
         self.key_norm: Norm | None = None
         if config.qk_norm:
-            self.key_norm = Norm("rmsnorm", D, eps=settings.layer_norm_epsilon, kernels=kernels)
+            self.key_norm = build_head_norm(settings, D, kernels)
         self.rope: Rope = kernels.bind(ROPE)
 
     def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class SharedAttention(nn.Module):
         )
         self.query_norm: Norm | None = None
         if config.qk_norm:
-            self.query_norm = Norm("rmsnorm", D, eps=settings.layer_norm_epsilon, kernels=kernels)
+            self.query_norm = build_head_norm(settings, D, kernels)
         self.sinks: AttentionSinks | None = None
         self.attend = kernels.bind(ATTENTION)
         self.rope: Rope = kernels.bind(ROPE)

@@ -20,7 +20,14 @@ class Norm(nn.Module):
     """Normalisation of the last dim with a learned scale, alone or after a residual addition."""
 
     def __init__(
-        self, kind: Normalization, size: int, *, eps: float, p: float = 2.0, kernels: KernelPolicy
+        self,
+        kind: Normalization,
+        size: int,
+        *,
+        eps: float,
+        p: float = 2.0,
+        zero_centered: bool = False,
+        kernels: KernelPolicy,
     ) -> None:
         """Allocate without initialising.
 
@@ -29,11 +36,13 @@ class Norm(nn.Module):
             size: Width of the last dim.
             eps: Epsilon, in the units that each norm documents.
             p: Order of "p_norm".
+            zero_centered: Whether `weight` is the distance of the factors from 1.
             kernels: Which implementation runs.
         """
         super().__init__()
         self.kind = kind
         self.eps = eps
+        self.zero_centered = zero_centered
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size)) if kind == "layernorm" else None
         match kind:
@@ -47,10 +56,24 @@ class Norm(nn.Module):
 
     def parameter_specs(self) -> Mapping[str, ParameterSpec]:
         """Specs of `weight` and, where there is one, `bias`; neither is decayed."""
-        specs = {"weight": ParameterSpec(Constant(1.0), weight_decay=False)}
+        specs = {
+            "weight": ParameterSpec(
+                Constant(0.0 if self.zero_centered else 1.0), weight_decay=False
+            )
+        }
         if self.bias is not None:
             specs["bias"] = ParameterSpec(Constant(0.0), weight_decay=False)
         return specs
+
+    def factors(self) -> Tensor:
+        """Give what channels are multiplied by once they are normalised.
+
+        Returns:
+            Shape (size,); in at least float32 where 1 was added, which a bfloat16 would round.
+        """
+        if not self.zero_centered:
+            return self.weight
+        return 1.0 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
@@ -72,14 +95,14 @@ class Norm(nn.Module):
         if residual is None:
             return self._norm(x)
         if self.kind == "rmsnorm":
-            return self.add_rmsnorm(x, residual, self.weight, eps=self.eps, scale=scale)
+            return self.add_rmsnorm(x, residual, self.factors(), eps=self.eps, scale=scale)
         total = residual + (x if scale == 1.0 else scale * x)
         return self._norm(total), total
 
     def _norm(self, x: Tensor) -> Tensor:
         if self.bias is not None:
-            return self.normalize(x, self.weight, self.bias)
-        return self.normalize(x, self.weight)
+            return self.normalize(x, self.factors(), self.bias)
+        return self.normalize(x, self.factors())
 
 
 def build_norm(settings: ModelSettings, size: int, kernels: KernelPolicy) -> Norm:
@@ -95,5 +118,23 @@ def build_norm(settings: ModelSettings, size: int, kernels: KernelPolicy) -> Nor
         size,
         eps=settings.layer_norm_epsilon,
         p=settings.p_norm_order,
+        zero_centered=settings.zero_centered_norms,
+        kernels=kernels,
+    )
+
+
+def build_head_norm(settings: ModelSettings, size: int, kernels: KernelPolicy) -> Norm:
+    """Build an RMS norm of queries or keys.
+
+    Args:
+        settings: The architecture.
+        size: Channels that are normalised together.
+        kernels: Which implementation runs.
+    """
+    return Norm(
+        "rmsnorm",
+        size,
+        eps=settings.layer_norm_epsilon,
+        zero_centered=settings.zero_centered_norms,
         kernels=kernels,
     )

@@ -32,6 +32,11 @@ class ModelSettings(Protocol):
         ...
 
     @property
+    def zero_centered_norms(self) -> bool:
+        """Whether norms hold the distance of their factors from 1."""
+        ...
+
+    @property
     def p_norm_order(self) -> float:
         """The p of `p_norm`."""
         ...

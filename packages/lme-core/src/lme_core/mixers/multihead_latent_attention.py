@@ -230,6 +230,7 @@ class MultiheadLatentAttention(SequenceMixer):
                 size,
                 eps=eps,
                 p=settings.p_norm_order,
+                zero_centered=settings.zero_centered_norms,
                 kernels=kernels,
             )
 

@@ -12,7 +12,7 @@ from lme_core.layers.context import SequenceContext
 from lme_core.layers.dropout import check_probability, dropout
 from lme_core.layers.initialization import Normal, ParameterSpec, linear_std
 from lme_core.layers.linear import Linear
-from lme_core.layers.normalization import Norm
+from lme_core.layers.normalization import Norm, build_head_norm
 from lme_core.layers.settings import ModelSettings
 from lme_core.mixers.attention_dropout import attention_with_dropout
 from lme_core.mixers.base import LayerCache, SequenceMixer
@@ -58,6 +58,12 @@ class SoftmaxAttentionConfig:
     """Whether each head's output loses its component along the token's own value."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalised per head, with a learned scale, before RoPE."""
+    qk_norm_across_heads: bool = False
+    """Whether `qk_norm` is over the channels of all heads together, with a scale for each, as in
+    OLMo 2; such a layer is whole on every device."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies in this layer, which then are not rescaled; absent: those of
+    the model."""
     sliding_window: int | None = None
     """Tokens that a token sees, itself among them; absent: all before it."""
     attention_softcap: float | None = None
@@ -80,6 +86,12 @@ class SoftmaxAttentionConfig:
                 f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got "
                 f"{self.num_attention_heads} and {self.num_key_value_heads}"
             )
+        if self.rope_theta is not None and self.rope_theta <= 0:
+            raise ValueError(f"`rope_theta` must be above 0, got {self.rope_theta}")
+        if self.qk_norm_across_heads and not self.qk_norm:
+            raise ValueError("`qk_norm_across_heads` says how `qk_norm` is done, which is false")
+        if self.qk_norm_across_heads and self.attention_sinks:
+            raise ValueError("`qk_norm_across_heads` and `attention_sinks` exclude each other")
         check_probability("softmax_dropout", self.softmax_dropout)
         check_probability("dropout", self.dropout)
         if self.attention_softcap is not None and self.attention_softcap <= 0:
@@ -161,8 +173,11 @@ class SoftmaxAttentionConfig:
                 layer,
                 self.softmax_dropout,
             )
-        kind = SoftmaxAttentionWithSinks if self.attention_sinks else SoftmaxAttention
-        return kind(self, settings, kernels)
+        if self.attention_sinks:
+            return SoftmaxAttentionWithSinks(self, settings, kernels)
+        if self.qk_norm_across_heads:
+            return SoftmaxAttentionNormedAcrossHeads(self, settings, kernels)
+        return SoftmaxAttention(self, settings, kernels)
 
 
 @dataclass(slots=True)
@@ -254,8 +269,9 @@ class SoftmaxAttention(SequenceMixer):
         self.query_norm: Norm | None = None
         self.key_norm: Norm | None = None
         if config.qk_norm:
-            self.query_norm = Norm("rmsnorm", D, eps=self.eps, kernels=kernels)
-            self.key_norm = Norm("rmsnorm", D, eps=self.eps, kernels=kernels)
+            together = (N, K) if config.qk_norm_across_heads else (1, 1)
+            self.query_norm = build_head_norm(settings, together[0] * D, kernels)
+            self.key_norm = build_head_norm(settings, together[1] * D, kernels)
         self.sinks: AttentionSinks | None = None
         self.attend = kernels.bind(ATTENTION)
         self.rope = kernels.bind(ROPE)
@@ -307,8 +323,8 @@ class SoftmaxAttention(SequenceMixer):
         return self.norm_rope(
             query,
             key,
-            self.query_norm.weight,
-            self.key_norm.weight,
+            self.query_norm.factors(),
+            self.key_norm.factors(),
             *rotary,
             eps=self.eps,
             channels=self.rope_channels,
@@ -383,6 +399,24 @@ class SoftmaxAttentionWithSinks(SoftmaxAttention):
         super().__init__(config, settings, kernels)
         std = settings.initializer_range
         self.sinks = AttentionSinks(config.num_attention_heads, std=std)
+
+
+class SoftmaxAttentionNormedAcrossHeads(SoftmaxAttention):
+    """Causal softmax attention whose queries and keys are normalised over all heads together."""
+
+    # A device that held some of the heads would need the others' sizes.
+    shard_plan: ClassVar[Mapping[str, str] | None] = {}
+
+    def _place(
+        self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.query_norm is None or self.key_norm is None:
+            raise RuntimeError("queries and keys of such a layer are normalised")
+        query = self.query_norm(query.flatten(2)).unflatten(2, query.shape[2:])
+        key = self.key_norm(key.flatten(2)).unflatten(2, key.shape[2:])
+        if rotary is None:
+            return query, key
+        return self.rope(query, key, *rotary, channels=self.rope_channels)
 
 
 def without_own_value(attended: Tensor, value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pydantic import Discriminator, Tag
 from lme_core.layers.unions import tag_of
 from lme_core.mlps.dense import DenseMLPConfig
 from lme_core.mlps.moe import MoEConfig
+from lme_core.mlps.none import NoMLPConfig
 
 
 def _kind(value: Any) -> str | None:
@@ -15,6 +16,8 @@ def _kind(value: Any) -> str | None:
 
 # `Any` above: what a run file holds before it is validated.
 MLPConfig = Annotated[
-    Annotated[DenseMLPConfig, Tag("MLP")] | Annotated[MoEConfig, Tag("MoE")],
+    Annotated[DenseMLPConfig, Tag("MLP")]
+    | Annotated[MoEConfig, Tag("MoE")]
+    | Annotated[NoMLPConfig, Tag("none")],
     Discriminator(_kind),
 ]
