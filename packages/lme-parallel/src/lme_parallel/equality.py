@@ -48,6 +48,7 @@ def compare_layout(
     accumulation: int = 2,
     steps: int = 3,
     options: Mapping[str, Any] | None = None,
+    device_type: str = "cpu",
 ) -> dict[str, float]:
     """Run steps in a layout and in one process, and measure how far they are apart.
 
@@ -58,18 +59,20 @@ def compare_layout(
         accumulation: Micro batches of a step on each data-parallel rank.
         steps: Optimizer steps, with clipping.
         options: Of `TinyModel`.
+        device_type: What the layout runs on; the one process is always on the CPU.
 
     Returns:
         The largest over parameters and steps of the norm of the difference over the norm, for
         `initial`, `gradients`, `parameters`, and relative differences of `loss`, `values`,
-        `norm`, `evaluation`. `all gradients` and so on is that of all parameters together. Copies that must be equal to the bit are `copies`: 0 or infinity.
+        `norm`, `evaluation`. `all gradients` and so on is that of all parameters together.
+        Copies that must be equal to the bit are `copies`: 0 or infinity.
     """
     arguments = (dict(settings), str(dtype), accumulation, steps, dict(options or {}))
-    ranks = run_distributed(run_steps, world_size, *arguments)
+    ranks = run_distributed(run_steps, world_size, *arguments, device_type, device_type=device_type)
     # The replicas' micro batches one after the other.
     replicas = Topology.from_args(make_args(settings), world_size, 0).data_world_size
     single = run_steps({}, str(dtype), accumulation * replicas, steps, dict(options or {}))
-    return _differences(ranks, single)
+    return differences(ranks, single)
 
 
 def run_steps(
@@ -78,6 +81,7 @@ def run_steps(
     accumulation: int,
     steps: int,
     options: Mapping[str, Any],
+    device_type: str = "cpu",
 ) -> dict[str, Any]:
     """Run steps on this process, and return what it holds after each.
 
@@ -87,8 +91,24 @@ def run_steps(
         accumulation: Micro batches of a step on this rank.
         steps: Optimizer steps.
         options: Of `TinyModel`.
+        device_type: Of this process's device, which has its rank's number.
     """
-    runtime, topology = tiny_runtime(settings, dtype, options)
+    runtime, topology = tiny_runtime(settings, dtype, options, device_type=device_type)
+    return step_through(runtime, topology, dtype, accumulation, steps)
+
+
+def step_through(
+    runtime: DistributedRuntime, topology: Topology, dtype: str, accumulation: int, steps: int
+) -> dict[str, Any]:
+    """Run steps of a prepared model, and return on the CPU what is here after each.
+
+    Args:
+        runtime: Of the tiny model.
+        topology: This process's place.
+        dtype: Of the computation, as `str(torch.float64)`.
+        accumulation: Micro batches of a step on this rank.
+        steps: Optimizer steps.
+    """
     optimizer = make_optimizer(runtime, dtype)
     initial, history = collect(runtime), []
     for step in range(steps):
@@ -100,11 +120,13 @@ def run_steps(
         runtime.finish_step()
         history.append(
             {
-                "loss": sums.loss,
-                "values": torch.stack([sums.values[name].double() for name in sorted(sums.values)]),
-                "targets": sums.targets,
-                "norm": norm,
-                "evaluation": evaluate(runtime, topology),
+                "loss": sums.loss.cpu(),
+                "values": torch.stack(
+                    [sums.values[name].double().cpu() for name in sorted(sums.values)]
+                ),
+                "targets": sums.targets.cpu(),
+                "norm": norm.cpu(),
+                "evaluation": evaluate(runtime, topology).cpu(),
                 "gradients": gradients,
                 "parameters": collect(runtime),
             }
@@ -137,6 +159,8 @@ def tiny_runtime(
     dtype: str,
     options: Mapping[str, Any],
     values: InitialValues | None = None,
+    *,
+    device_type: str = "cpu",
 ) -> tuple[DistributedRuntime, Topology]:
     """Prepare the tiny model in this process's place of a layout.
 
@@ -145,6 +169,7 @@ def tiny_runtime(
         dtype: Of the computation, as `str(torch.float64)`.
         options: Of `TinyModel`.
         values: First values; `None`: new ones.
+        device_type: Of this process's device, which has its rank's number.
     """
     args = make_args(settings)
     is_group = distributed.is_initialized()
@@ -157,7 +182,7 @@ def tiny_runtime(
         model,
         topology,
         args,
-        device=torch.device("cpu"),
+        device=torch.device("cpu") if device_type == "cpu" else torch.device(device_type, rank),
         dtype=computed,
         initial_value=InitialValues(model.shapes) if values is None else values,
         masters=TinyMasters,
@@ -214,12 +239,21 @@ def _parts(shard: Shard, local: Tensor | None) -> list[Any]:
     if local is None:
         return []
     return [
-        [[[each.start, each.stop] for each in region], values.clone()]
+        [[[each.start, each.stop] for each in region], values.cpu().clone()]
         for region, values in shard.views(local.contiguous())
     ]
 
 
-def _differences(ranks: list[Any], single: Any) -> dict[str, float]:
+def differences(ranks: list[Any], single: Any) -> dict[str, float]:
+    """Measure how far what several processes returned is from what one did.
+
+    Args:
+        ranks: From `run_steps` or `step_through`, by rank.
+        single: The same of one process.
+
+    Returns:
+        As `compare_layout`.
+    """
     found: dict[str, float] = {}
     found.update(dict.fromkeys(("initial", "gradients", "parameters", "copies"), 0.0))
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 
 from lme_parallel.materialize import InitialValue
 from lme_parallel.placement import drop_gradients, saved_buffers
-from lme_parallel.shards import Shard, flat_range
+from lme_parallel.shards import Shard, flat_range, whole
 
 _WRAPPER = "_fsdp_wrapped_module."
 # By stage and whether there are copies: stages 1 and 2 keep whole parameters from the forward
@@ -160,8 +160,10 @@ class FlatParameters:
         """Drop gradients and whole parameters, so that the next pass gathers new ones."""
         drop_gradients(self._parameters)
         for unit in FullyShardedDataParallel.fsdp_modules(self._wrapped):
-            if unit._handle is not None and unit._is_root is not None:
-                _reshard(unit, unit._handle, free_unsharded_flat_param=True)
+            handle = unit._handle
+            # Before the first pass there is nothing to drop, and with one process nothing is cut.
+            if handle is not None and handle.uses_sharded_strategy and unit._is_root is not None:
+                _reshard(unit, handle, free_unsharded_flat_param=True)
 
     @torch.no_grad()
     def _fill(self, initial_value: InitialValue) -> None:
@@ -183,6 +185,10 @@ def _find_shards(
         if unit._handle is None:
             continue
         flat = unit._handle.flat_param
+        if not unit._handle.uses_sharded_strategy:
+            for parameter, shape in zip(flat._params or (), flat._shapes, strict=True):
+                found[id(parameter)] = whole(shape, is_owner=is_owner)
+            continue
         for parameter, shape, info in zip(
             flat._params or (), flat._shapes, flat._shard_param_infos, strict=True
         ):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,6 +30,7 @@ _PRELOADED = (
     "lme_parallel.parallelize",
     "lme_parallel.equality",
     "lme_parallel.sharded",
+    "lme_parallel.watchdog.watchdog",
     # What test files import themselves.
     "hypothesis",
     "pytest",
@@ -37,15 +39,20 @@ _JOIN_SECONDS = 30.0
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: object, timeout_seconds: float = 120.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: object,
+    timeout_seconds: float = 120.0,
+    device_type: str = "cpu",
 ) -> list[Any]:
-    """Run a function in a group of processes that talk by gloo.
+    """Run a function in a group of processes that talk by gloo, and by NCCL on GPUs.
 
     Args:
         function: Defined at the top of a module or test file; called with `args`.
         world_size: Processes.
         args: Plain values that can be sent to another process.
         timeout_seconds: Until all processes are killed.
+        device_type: `cuda`: each process has the GPU of its rank.
 
     Returns:
         What each rank returned, by rank: tensors and plain containers of them.
@@ -55,7 +62,8 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _start(function, args, Path(folder), rank, world_size) for rank in range(world_size)
+            _start(function, args, Path(folder), rank, world_size, device_type)
+            for rank in range(world_size)
         ]
         _join(processes, timeout_seconds)
         _raise_failures(processes, Path(folder))
@@ -63,6 +71,34 @@ def run_distributed(
             torch.load(Path(folder) / f"result-{rank}", weights_only=True)
             for rank in range(world_size)
         ]
+
+
+def run_until_ended(
+    function: Callable[..., Any], world_size: int, *args: object, timeout_seconds: float = 60.0
+) -> list[int | None]:
+    """Run a function in a group of processes that may end in any way.
+
+    Args:
+        function: Defined at the top of a module or test file; called with `args`.
+        world_size: Processes.
+        args: Plain values that can be sent to another process.
+        timeout_seconds: Until those that still run are killed.
+
+    Returns:
+        Exit codes by rank; `None` for those that had to be killed from here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _start(function, args, Path(folder), rank, world_size) for rank in range(world_size)
+        ]
+        ends = time.monotonic() + timeout_seconds
+        for process in processes:
+            process.join(max(0.0, ends - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join(_JOIN_SECONDS)
+        return codes
 
 
 def run_killed(
@@ -109,6 +145,7 @@ def _start(
     folder: Path,
     rank: int,
     world_size: int,
+    device_type: str = "cpu",
 ) -> BaseProcess:
     context = get_context("forkserver")
     # Without effect once the server runs.
@@ -117,7 +154,7 @@ def _start(
     source = sys.modules[function.__module__].__file__
     process = context.Process(
         target=_enter,
-        args=(source, function.__qualname__, args, str(folder), rank, world_size),
+        args=(source, function.__qualname__, args, str(folder), rank, world_size, device_type),
         daemon=True,
     )
     process.start()
@@ -125,14 +162,22 @@ def _start(
 
 
 def _enter(
-    source: str, name: str, args: tuple[object, ...], folder: str, rank: int, world_size: int
+    source: str,
+    name: str,
+    args: tuple[object, ...],
+    folder: str,
+    rank: int,
+    world_size: int,
+    device_type: str,
 ) -> None:
     code = 0
     try:
         torch.set_num_threads(1)
+        if device_type == "cuda":
+            torch.cuda.set_device(rank)
         if world_size > 1:
             distributed.init_process_group(
-                "gloo",
+                "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 init_method=f"file://{folder}/rendezvous",
                 rank=rank,
                 world_size=world_size,
