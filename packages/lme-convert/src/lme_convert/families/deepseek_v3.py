@@ -70,13 +70,13 @@ def import_config(theirs: Settings) -> dict[str, Any]:
 def export_config(ours: Settings) -> dict[str, Any]:
     """Our config to DeepSeek-V3's."""
     mixer = uniform(ours, "sequence_mixer_blocks")
-    config, mlp, dense = write_some_dense(ours, experts=_EXPERTS, width=_WIDTH)
+    config = write_decoder(ours)
+    of_mlps, mlp, dense = write_some_dense(ours, experts=_EXPERTS, width=_WIDTH)
     if dense != list(range(len(dense))):
         raise UnsupportedModelError(
             f"`mlp_type` is 'MLP' in layers {dense}; this family has dense layers first"
         )
-    config |= write_decoder(ours)
-    config |= write_latent_attention(ours, mixer, config["rope_scaling"])
+    config |= of_mlps | write_latent_attention(ours, mixer, config["rope_scaling"])
     mlp.expect("router_score_function", ("sigmoid",), default="softmax")
     shared, width = mlp.optional_integer("shared_intermediate_size"), config[_WIDTH]
     if shared is None or shared % width:

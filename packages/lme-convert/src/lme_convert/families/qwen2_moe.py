@@ -62,9 +62,9 @@ def import_config(theirs: Settings) -> dict[str, Any]:
 def export_config(ours: Settings) -> dict[str, Any]:
     """Our config to Qwen 2's."""
     mixer = uniform(ours, "sequence_mixer_blocks", differing=("sliding_window",))
+    config = write_decoder(ours) | write_attention(ours, mixer)
     of_mlps, mlp, dense = write_some_dense(ours, experts=_EXPERTS, width=_WIDTH)
-    config = write_decoder(ours) | write_attention(ours, mixer) | of_mlps
-    config |= write_windows(ours) | write_aux_loss(ours)
+    config |= of_mlps | write_windows(ours) | write_aux_loss(ours)
     config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     config["norm_topk_prob"] = mlp.boolean("normalized_topk", True)
     mlp.expect("shared_expert_gating", (True,))

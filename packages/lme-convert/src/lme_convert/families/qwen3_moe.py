@@ -56,8 +56,9 @@ def import_config(theirs: Settings) -> dict[str, Any]:
 def export_config(ours: Settings) -> dict[str, Any]:
     """Our config to Qwen 3's."""
     mixer = uniform(ours, "sequence_mixer_blocks")
+    config = write_decoder(ours) | write_attention(ours, mixer)
     of_mlps, mlp, dense = write_some_dense(ours, experts=_EXPERTS, width=_WIDTH)
-    config = write_decoder(ours) | write_attention(ours, mixer) | of_mlps | write_aux_loss(ours)
+    config |= of_mlps | write_aux_loss(ours)
     config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     config["norm_topk_prob"] = mlp.boolean("normalized_topk", True)
     expect_softmax(mlp)
