@@ -12,11 +12,14 @@ from lme_core.training.runtime import Runtime, SingleDevice
 from lme_core.training.trainer import Saver
 from lme_data.build import build_loaders
 from lme_data.dataset import DebugClassArgs, DebugDatasetArgs
+from lme_kernels.ops.cross_entropy.options import VocabularyShard
 from lme_kernels.policy import KernelPolicy
 from lme_parallel.args import DistributedArgs
 from lme_parallel.checkpoint.checkpointer import Checkpointer
 from lme_parallel.parallelize import parallelize
 from lme_parallel.runtime import DistributedRuntime
+from lme_parallel.tensor.plan import STYLES
+from lme_parallel.tensor.vocabulary import VocabularyPart
 from lme_parallel.topology import Topology
 
 CONFIG = from_dict(
@@ -144,9 +147,13 @@ def test_initial_values_are_the_same_for_any_cut():
         assert torch.equal(model.initial_value(name, cut), whole[cut]), name
 
 
+def test_a_part_of_a_vocabulary_is_what_the_losses_take():
+    assert VocabularyPart._fields == VocabularyShard._fields
+
+
 def test_shard_plans_name_real_children_and_known_styles():
     for path, module in build().named_modules():
         plan = getattr(module, "shard_plan", None)
         for child, style in (plan or {}).items():
-            assert style in {"column", "row", "vocab"}, path
+            assert style in STYLES, path
             assert hasattr(module, child), f"{path}.{child}"
