@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -125,7 +126,7 @@ def _compiled_flex() -> Callable[..., Any]:
 
     def attend(*args: Any, **options: Any) -> Any:
         # A graph may be walked more than once: its backward must leave saved tensors as they are.
-        with torch._functorch.config.patch(donated_buffer=False):
+        with functorch_config.patch(donated_buffer=False):
             return compiled(*args, **options)
 
     return attend
