@@ -173,11 +173,12 @@ def test_kernels_of_models_fit_a_hopper_multiprocessor(tmp_path):
         "backward_kernel",
         "inputs_kernel",
     }
-    for name, size, shared, spilled in found:
+    for name, size, shared, spilled, overwritten in found:
         # What a program may have of the 228 KiB, in bytes.
         assert int(shared) <= 227 * 1024, (name, size)
         # A few words are spilled and read back outside of loops at most; heads of 256 are slow.
         assert int(spilled) <= (32 if int(size) <= 128 else 1024), (name, size)
+        assert int(overwritten) == 0, (name, size)
 
 
 @pytest.mark.gpu

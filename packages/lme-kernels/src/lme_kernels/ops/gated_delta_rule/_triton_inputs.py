@@ -64,6 +64,8 @@ def inputs_kernel(
     decay = tl.exp2(until)
     # Gradients here are of queries and keys as factors of the normalised ones. No product is added
     # to in the same iteration as another: the compiler would give all warps the same rows.
+    # And no tile is read by a product and by anything else in one loop: the compiler keeps one buffer
+    # of it, and would load the next tile into it while the tensor cores still read this one.
     scores = tl.zeros((C, C), dtype=tl.float32)
     system = tl.zeros((C, C), dtype=tl.float32)
     low_scores = tl.zeros((C, C), dtype=tl.float32)
@@ -73,13 +75,15 @@ def inputs_kernel(
         grad_y = load_rows(grad_y_ptr + head * V, start, length, N * V, first, C, V, BLOCK_V)
         grad_scaled = load_rows(grad_scaled_ptr, index * C, C, V, first, C, V, BLOCK_V)
         written = load_rows(written_ptr, index * C, C, V, first, C, V, BLOCK_V)
-        value = load_rows(value_ptr, start, length, value_stride, first, C, V, BLOCK_V)
         scores = tl.dot(grad_y, tl.trans(written), scores, input_precision=PRECISION)
         system = tl.dot(grad_scaled, tl.trans(written), system, input_precision=PRECISION)
         if dtype != tl.float32:
             low = load_rows(written_ptr, low_index * C, C, V, first, C, V, BLOCK_V)
             low_scores = tl.dot(grad_y, tl.trans(low), low_scores)
             low_system = tl.dot(grad_scaled, tl.trans(low), low_system)
+    for first in tl.range(0, V, BLOCK_V, num_stages=1):
+        grad_scaled = load_rows(grad_scaled_ptr, index * C, C, V, first, C, V, BLOCK_V)
+        value = load_rows(value_ptr, start, length, value_stride, first, C, V, BLOCK_V)
         of_values += grad_scaled.to(tl.float32) * value.to(tl.float32)
     of_beta = tl.sum(of_values, axis=1)
     key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
@@ -118,8 +122,10 @@ def inputs_kernel(
     for first in range(0, V, BLOCK_V):
         grad_scaled = load_rows(grad_scaled_ptr, index * C, C, V, first, C, V, BLOCK_V)
         state = load_state(states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
-        grad_state = load_state(grad_states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
         erasing = tl.dot(grad_scaled, tl.trans(state), erasing, input_precision=PRECISION)
+    for first in tl.range(0, V, BLOCK_V, num_stages=1):
+        state = load_state(states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
+        grad_state = load_state(grad_states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
         kept += state.to(tl.float32) * grad_state.to(tl.float32)
     of_last = tl.exp2(last) * tl.sum(tl.sum(kept, axis=1), axis=0)
     erasing *= -(decay * key_norm)[:, None]

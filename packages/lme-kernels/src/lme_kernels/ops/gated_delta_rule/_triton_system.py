@@ -152,7 +152,9 @@ def prepare_kernel(
     scores = tl.zeros((C, C), dtype=tl.float32)
     query_norm = tl.zeros((C,), dtype=tl.float32)
     key_norm = tl.zeros((C,), dtype=tl.float32)
-    for first in range(0, K, BLOCK_K):
+    # Not loaded ahead: of a tile that a product and the norms read the compiler keeps one buffer, and
+    # would load the next block into it while the tensor cores still read this one.
+    for first in tl.range(0, K, BLOCK_K, num_stages=1):
         key = load_rows(key_ptr, start, length, key_stride, first, C, K, BLOCK_K)
         query = load_rows(query_ptr, start, length, query_stride, first, C, K, BLOCK_K)
         gram = tl.dot(key, tl.trans(key), gram, input_precision=PRECISION)

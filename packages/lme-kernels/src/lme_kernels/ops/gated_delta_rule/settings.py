@@ -57,7 +57,7 @@ def delta_settings(kernel: str, dtype: torch.dtype, K: int, V: int, rows: int) -
     exact = dtype == torch.float32
     key, value = block_of(K), block_of(V)
     if kernel == "prepare":
-        return DeltaSettings(min(key, 64), 4, 1 if exact else 2)
+        return DeltaSettings(min(key, 64), 4, 1)
     if kernel == "inputs":
         if exact:
             return DeltaSettings(16, 8, 1)
@@ -97,7 +97,7 @@ def delta_candidates(kernel: str, dtype: torch.dtype, K: int, V: int) -> list[De
         found += [
             DeltaSettings(block, num_warps, num_stages)
             for num_warps in (4, 8, 16)
-            for num_stages in (1, 2, 3, 4)
+            for num_stages in ((1,) if kernel == "prepare" else (1, 2, 3, 4))
             if size * (held + num_stages * loaded) <= SHARED_BYTES
         ]
     return found
