@@ -17,7 +17,6 @@ LAYOUTS = {
     "two": (TWO, 2, {"dropout": 0.2}),
     "two, tied": ({**TWO, **WHOLE}, 2, {"is_tied": True}),
     "two, recomputed": ({**TWO, **RECOMPUTE}, 2, {"dropout": 0.2}),
-    "two, compiled": ({**TWO, "torch_compile": True, **WHOLE}, 2, {}),
     "two, sequence cut": ({**TWO_CUT, **WHOLE}, 2, {"dropout": 0.2}),
     "two, sequence cut, tied": (TWO_CUT, 2, {"dropout": 0.2, "is_tied": True}),
     "two, sequence cut, compiled": ({**TWO_CUT, "torch_compile": True, **WHOLE}, 2, {}),
