@@ -18,6 +18,7 @@ _DEFAULTS: Config = MappingProxyType(
     {
         "normalization_function": "rmsnorm",
         "position_embedding_type": "rope",
+        "norm_placement": "pre",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": False,
         "sequence_mixer_blocks": None,
@@ -115,7 +116,7 @@ def layer_sizes(config: Config) -> list[dict[str, int]]:
         {
             "hidden_size": integer(config, "hidden_size"),
             **_mixer_sizes(config, mixer),
-            "intermediate_size": mlp_width(config, mlp),
+            **({} if mlp["mlp_type"] == "none" else {"intermediate_size": mlp_width(config, mlp)}),
             **_mixture_sizes(mlp),
         }
         for mixer, mlp in zip(mixers, mlps, strict=True)
@@ -125,6 +126,10 @@ def layer_sizes(config: Config) -> list[dict[str, int]]:
 def _mixer_sizes(config: Config, mixer: Config) -> dict[str, int]:
     if mixer["sequence_mixer_type"] == "multihead_latent_attention":
         return latent_sizes(mixer)
+    if mixer["sequence_mixer_type"] == "mamba2":
+        return mamba2_sizes(config, mixer)
+    if mixer["sequence_mixer_type"] == "gated_deltanet":
+        return deltanet_sizes(mixer)
     return {
         "num_attention_heads": integer(mixer, "num_attention_heads"),
         "num_key_value_heads": integer(mixer, "num_key_value_heads"),
@@ -157,6 +162,34 @@ def latent_sizes(mixer: Config) -> dict[str, int]:
         for name in ("query_compression_size", "rope_head_dim")
         if mixer.get(name) is not None
     }
+    return sizes
+
+
+def mamba2_sizes(config: Config, mixer: Config) -> dict[str, int]:
+    """Sizes of a Mamba 2 mixer.
+
+    Raises:
+        ConversionError: If one is malformed.
+    """
+    return {
+        "state_size": integer(mixer, "state_size", 128),
+        "channels": integer(mixer, "intermediate_size", 2 * integer(config, "hidden_size")),
+        "num_heads": integer(mixer, "num_heads", 128),
+        "num_groups": integer(mixer, "num_groups", 8),
+        "conv_kernel_size": integer(mixer, "conv_kernel_size", 4),
+    }
+
+
+def deltanet_sizes(mixer: Config) -> dict[str, int]:
+    """Sizes of a Gated DeltaNet mixer.
+
+    Raises:
+        ConversionError: If one is missing or malformed.
+    """
+    names = ("k_head_dim", "v_head_dim", "num_k_heads", "num_v_heads", "kernel_size")
+    sizes = {name: integer(mixer, name) for name in names}
+    if sizes["num_v_heads"] % sizes["num_k_heads"]:
+        raise ConversionError("`num_v_heads` must be a multiple of `num_k_heads`")
     return sizes
 
 
@@ -198,10 +231,11 @@ def expected_parameters(config: Config) -> dict[str, tuple[int, ...]]:
     mixers, mlps = blocks(config, "sequence_mixer_blocks"), blocks(config, "mlp_blocks")
     for layer, (mixer, mlp) in enumerate(zip(mixers, mlps, strict=True)):
         prefix = f"blocks.{layer}"
-        shapes |= _norm(config, f"{prefix}.mixer_norm", hidden_size)
-        shapes |= _attention(config, mixer, f"{prefix}.sequence_mixer")
-        shapes |= _norm(config, f"{prefix}.mlp_norm", hidden_size)
-        shapes |= _mlp(config, mlp, f"{prefix}.mlp")
+        shapes |= _norm_around(config, prefix, "mixer_norm", hidden_size)
+        shapes |= _mixer(config, mixer, f"{prefix}.sequence_mixer")
+        if mlp["mlp_type"] != "none":
+            shapes |= _norm_around(config, prefix, "mlp_norm", hidden_size)
+            shapes |= _mlp(config, mlp, f"{prefix}.mlp")
     shapes |= _norm(config, "final_norm", hidden_size)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab_size, hidden_size)
@@ -215,6 +249,18 @@ def _norm(config: Config, name: str, size: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _norm_around(config: Config, prefix: str, name: str, size: int) -> dict[str, tuple[int, ...]]:
+    placement = config["norm_placement"]
+    if placement not in ("pre", "post", "sandwich"):
+        raise UnsupportedModelError(f"`norm_placement` is {placement!r}, which is unknown")
+    shapes: dict[str, tuple[int, ...]] = {}
+    if placement != "post":
+        shapes |= _norm(config, f"{prefix}.{name}", size)
+    if placement != "pre":
+        shapes |= _norm(config, f"{prefix}.{name.removesuffix('_norm')}_output_norm", size)
+    return shapes
+
+
 def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
     if bias:
@@ -222,12 +268,20 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[i
     return shapes
 
 
-def _attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
+def _mixer(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
     kind = mixer["sequence_mixer_type"]
     if kind == "multihead_latent_attention":
         return _latent_attention(config, mixer, name)
+    if kind == "mamba2":
+        return _mamba2(config, mixer, name)
+    if kind == "gated_deltanet":
+        return _gated_deltanet(config, mixer, name)
     if kind != "softmax_attention":
         raise UnsupportedModelError(f"`sequence_mixer_type` {kind} cannot be converted yet")
+    return _softmax_attention(config, mixer, name)
+
+
+def _softmax_attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
     hidden_size, channels = integer(config, "hidden_size"), head_dim(config, mixer)
     queries = integer(mixer, "num_attention_heads") * channels
     keys = integer(mixer, "num_key_value_heads") * channels
@@ -236,8 +290,9 @@ def _attention(config: Config, mixer: Config, name: str) -> dict[str, tuple[int,
     qkv_bias = mixer.get("qkv_bias")
     shapes = _linear(f"{name}.qkv", rows, hidden_size, bias if qkv_bias is None else qkv_bias)
     if mixer.get("qk_norm"):
-        shapes[f"{name}.query_norm.weight"] = (channels,)
-        shapes[f"{name}.key_norm.weight"] = (channels,)
+        together = mixer.get("qk_norm_across_heads")
+        shapes[f"{name}.query_norm.weight"] = (queries if together else channels,)
+        shapes[f"{name}.key_norm.weight"] = (keys if together else channels,)
     return shapes | _linear(f"{name}.output", hidden_size, queries, bias)
 
 
@@ -292,6 +347,42 @@ def _latent_attention(config: Config, mixer: Config, name: str) -> dict[str, tup
     shapes |= _linear(f"{name}.key_up", heads * sizes["head_dim"], compressed, bias)
     shapes |= _linear(f"{name}.value_up", values, compressed, bias)
     return shapes | _linear(f"{name}.output", hidden_size, values, bias)
+
+
+def _mamba2(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
+    sizes, hidden_size = mamba2_sizes(config, mixer), integer(config, "hidden_size")
+    bias, width, heads = bool(mixer.get("add_bias")), sizes["channels"], sizes["num_heads"]
+    convolved = width + 2 * sizes["num_groups"] * sizes["state_size"]
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.D": (heads,)}
+    shapes |= _linear(f"{name}.input", width + convolved + heads, hidden_size, bias)
+    shapes[f"{name}.convolution.weight"] = (convolved, 1, sizes["conv_kernel_size"])
+    if mixer.get("use_conv_bias", True):
+        shapes[f"{name}.convolution.bias"] = (convolved,)
+    shapes |= _decay_gate(name, heads)
+    kind = mixer.get("normalization_function", "rmsnorm")
+    if kind is not None:
+        shapes |= _norm({"normalization_function": kind}, f"{name}.norm", width)
+    return shapes | _linear(f"{name}.output", hidden_size, width, bias)
+
+
+def _gated_deltanet(config: Config, mixer: Config, name: str) -> dict[str, tuple[int, ...]]:
+    sizes, hidden_size = deltanet_sizes(mixer), integer(config, "hidden_size")
+    heads = sizes["num_v_heads"]
+    values = heads * sizes["v_head_dim"]
+    convolved = 2 * sizes["num_k_heads"] * sizes["k_head_dim"] + values
+    gates = 2 * heads + (values if mixer.get("use_gate") else 0)
+    return {
+        f"{name}.qkv.weight": (convolved, hidden_size),
+        f"{name}.gates.weight": (gates, hidden_size),
+        f"{name}.convolution.weight": (convolved, 1, sizes["kernel_size"]),
+        **_decay_gate(name, heads),
+        f"{name}.norm.weight": (sizes["v_head_dim"],),
+        f"{name}.output.weight": (hidden_size, values),
+    }
+
+
+def _decay_gate(name: str, heads: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.decay_gate.A_log": (heads,), f"{name}.decay_gate.dt_bias": (heads,)}
 
 
 def _gate(mlp: Config) -> bool:

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lme_convert.families.deepseek_v3 import DEEPSEEK_V3
+from lme_convert.families.gemma2 import GEMMA2
+from lme_convert.families.gemma3 import GEMMA3
 from lme_convert.families.granite import GRANITE
 from lme_convert.families.granitemoe import GRANITE_MOE
 from lme_convert.families.granitemoeshared import GRANITE_MOE_SHARED
 from lme_convert.families.llama import LLAMA
 from lme_convert.families.mistral import MISTRAL
 from lme_convert.families.mixtral import MIXTRAL
+from lme_convert.families.olmo2 import OLMO2
 from lme_convert.families.qwen2 import QWEN2
 from lme_convert.families.qwen2_moe import QWEN2_MOE
 from lme_convert.families.qwen3 import QWEN3
@@ -34,6 +37,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             GRANITE_MOE,
             GRANITE_MOE_SHARED,
             DEEPSEEK_V3,
+            OLMO2,
+            GEMMA2,
+            GEMMA3,
         )
     }
 )

@@ -1,6 +1,6 @@
 """What the Llama-like families share: names of tensors, and the fields of both configs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lme_convert.errors import ConversionError, UnsupportedModelError
@@ -12,12 +12,15 @@ MIXER = "blocks.{i}.sequence_mixer"
 MLP = "blocks.{i}.mlp"
 LAYER = "model.layers.{i}"
 
+# What layers that attend have, and others have not.
+_HEADS = "num_attention_heads"
+
 
 def _attention_rules(kind: str) -> tuple[Rule, ...]:
     projections = tuple(f"{LAYER}.self_attn.{name}_proj.{kind}" for name in ("q", "k", "v"))
     return (
-        Rule(projections, (f"{MIXER}.qkv.{kind}",), GroupedQKV()),
-        rename(f"{LAYER}.self_attn.o_proj.{kind}", f"{MIXER}.output.{kind}"),
+        Rule(projections, (f"{MIXER}.qkv.{kind}",), GroupedQKV(), given=_HEADS),
+        Rule((f"{LAYER}.self_attn.o_proj.{kind}",), (f"{MIXER}.output.{kind}",), given=_HEADS),
     )
 
 
@@ -102,6 +105,7 @@ def read_decoder(
     eos_token_id: int | None = None,
     rope_theta: float = 10000.0,
     rms_norm_eps: float = 1e-6,
+    rope: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Read what all these families call alike; blocks are added by the family.
 
@@ -111,6 +115,7 @@ def read_decoder(
         eos_token_id: The same.
         rope_theta: The same.
         rms_norm_eps: The same.
+        rope: Rotary settings of ours where the family has read them itself.
 
     Raises:
         ConversionError: If a field is missing or malformed.
@@ -132,7 +137,7 @@ def read_decoder(
         "eos_token_id": theirs.token_ids("eos_token_id", eos_token_id),
         "pad_token_id": theirs.token_ids("pad_token_id"),
         "position_embedding_type": "rope",
-        **read_rope(theirs, rope_theta),
+        **(read_rope(theirs, rope_theta) if rope is None else rope),
         "tie_word_embeddings": theirs.boolean("tie_word_embeddings", False),
     }
 
@@ -176,14 +181,19 @@ def read_mlp(theirs: Settings) -> dict[str, Any]:
     }
 
 
-def read_activation(theirs: Settings) -> str:
+def read_activation(theirs: Settings, name: str = "hidden_act", default: str = "silu") -> str:
     """Read the activation of gated MLPs.
+
+    Args:
+        theirs: Their settings.
+        name: Their name of the field.
+        default: What their class takes where a file has no such field.
 
     Raises:
         UnsupportedModelError: For one whose gated form we do not have.
     """
-    theirs.expect("hidden_act", _ACTIVATIONS, default="silu")
-    return _ACTIVATIONS[theirs.string("hidden_act", "silu")]
+    theirs.expect(name, _ACTIVATIONS, default=default)
+    return _ACTIVATIONS[theirs.string(name, default)]
 
 
 def write_activation(mlp: Settings) -> str:
@@ -198,8 +208,18 @@ def write_activation(mlp: Settings) -> str:
     return theirs_of[_ALIASES.get(activation, activation)]
 
 
-def write_decoder(ours: Settings) -> dict[str, Any]:
+def write_decoder(
+    ours: Settings,
+    *,
+    norm_placement: str = "pre",
+    positions: tuple[str, ...] = ("rope",),
+) -> dict[str, Any]:
     """Write what all these families call alike.
+
+    Args:
+        ours: Our settings.
+        norm_placement: Where the family normalises.
+        positions: Kinds of positions that it has.
 
     Raises:
         UnsupportedModelError: If the model has parts that they lack.
@@ -207,7 +227,8 @@ def write_decoder(ours: Settings) -> dict[str, Any]:
     """
     ours.drop(_OUR_IDLE)
     ours.expect("normalization_function", ("rmsnorm",))
-    ours.expect("position_embedding_type", ("rope",))
+    ours.expect("position_embedding_type", positions)
+    ours.expect("norm_placement", (norm_placement,), default="pre")
     length = ours.integer("max_position_embeddings")
     return {
         "vocab_size": ours.integer("vocab_size"),
@@ -224,8 +245,15 @@ def write_decoder(ours: Settings) -> dict[str, Any]:
     }
 
 
-def write_attention(ours: Settings, mixer: Settings) -> dict[str, Any]:
+def write_attention(
+    ours: Settings, mixer: Settings, *, partial_rotary: bool = False
+) -> dict[str, Any]:
     """Write heads and dropout of softmax attention.
+
+    Args:
+        ours: Our settings.
+        mixer: A block of ours.
+        partial_rotary: Whether the family may rotate some channels only, and looks at `rope_dim`.
 
     Raises:
         UnsupportedModelError: For another mixer, or one that rotates part of its channels.
@@ -235,7 +263,8 @@ def write_attention(ours: Settings, mixer: Settings) -> dict[str, Any]:
     mixer.drop(("dropout",))
     heads = mixer.integer("num_attention_heads")
     head_dim = mixer.integer("head_dim", ours.integer("hidden_size") // heads)
-    ours.expect("rope_dim", (None, head_dim))
+    if not partial_rotary:
+        ours.expect("rope_dim", (None, head_dim))
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": mixer.integer("num_key_value_heads"),
@@ -306,19 +335,37 @@ def read_windows(theirs: Settings, num_layers: int) -> list[int | None]:
     # Some classes write 0 for a window that is not used.
     window = theirs.optional_integer("sliding_window", minimum=1 if used else 0)
     first = theirs.integer("max_window_layers", 28, minimum=0)
-    kinds = theirs.value("layer_types")
     window = window if used else None
+    kinds = read_kinds(theirs, num_layers, ("full_attention", "sliding_attention"))
     if kinds is None:
         return [window if layer >= first else None for layer in range(num_layers)]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def read_kinds(theirs: Settings, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
+    """Read the kind of each layer; absent or null is `None`.
+
+    Args:
+        theirs: Their settings.
+        num_layers: Number of layers.
+        known: Kinds that the family can have.
+
+    Raises:
+        UnsupportedModelError: For another kind.
+        ConversionError: If the field is malformed.
+    """
+    kinds = theirs.value("layer_types")
+    if kinds is None:
+        return None
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise ConversionError(f"`layer_types` must have `num_hidden_layers` = {num_layers} entries")
     for layer, kind in enumerate(kinds):
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in known:
             raise UnsupportedModelError(
                 f"`layer_types[{layer}]` is {kind!r} in the config of {theirs.where}; only "
-                "full_attention and sliding_attention can be converted exactly"
+                f"{' and '.join(known)} can be converted exactly"
             )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return kinds
 
 
 def write_windows(ours: Settings) -> dict[str, Any]:
@@ -328,7 +375,26 @@ def write_windows(ours: Settings) -> dict[str, Any]:
         UnsupportedModelError: If layers have windows of different lengths.
     """
     entries = ours.entries("sequence_mixer_blocks")
-    windows = [entry.get("sliding_window") for entry in entries]
+    window, kinds = one_window([entry.get("sliding_window") for entry in entries])
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "layer_types": kinds,
+    }
+
+
+def one_window(windows: Sequence[int | None]) -> tuple[int | None, list[str]]:
+    """Say what window layers have and which have it.
+
+    Args:
+        windows: Tokens that a token sees, itself among them, or `None` for all; one entry a layer.
+
+    Returns:
+        The window, `None` where no layer has one, and `layer_types` of theirs.
+
+    Raises:
+        UnsupportedModelError: If layers have windows of different lengths.
+    """
     lengths = sorted({window for window in windows if window is not None})
     if len(lengths) > 1:
         raise UnsupportedModelError(
@@ -336,11 +402,7 @@ def write_windows(ours: Settings) -> dict[str, Any]:
             "family has one length"
         )
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return {
-        "use_sliding_window": bool(lengths),
-        "sliding_window": lengths[0] if lengths else None,
-        "layer_types": kinds,
-    }
+    return lengths[0] if lengths else None, kinds
 
 
 def uniform(

@@ -35,12 +35,15 @@ _FIELDS = {
 _IDLE = ("finetuned",)
 
 
-def read_rope(theirs: Settings, default_theta: float = _DEFAULT_THETA) -> dict[str, Any]:
+def read_rope(
+    theirs: Settings, default_theta: float = _DEFAULT_THETA, *, partial: bool = False
+) -> dict[str, Any]:
     """Translate their rotary settings to `rope_theta` and `rope_scaling` of ours.
 
     Args:
         theirs: Their settings.
         default_theta: What their class takes where a file has no base.
+        partial: Whether the family may rotate some channels only; see `read_rotary_factor`.
 
     Raises:
         UnsupportedModelError: For a kind of scaling that we do not have, naming it.
@@ -57,7 +60,7 @@ def read_rope(theirs: Settings, default_theta: float = _DEFAULT_THETA) -> dict[s
     old_kind = scaling.string("type", "default")
     kind = scaling.string("rope_type", old_kind)
     factor = scaling.number("partial_rotary_factor", factor)
-    if factor != 1.0:
+    if factor != 1.0 and not partial:
         raise UnsupportedModelError(
             f"`partial_rotary_factor` is {factor} in the config of {theirs.where}; only 1 can be "
             "converted exactly"
@@ -73,6 +76,26 @@ def read_rope(theirs: Settings, default_theta: float = _DEFAULT_THETA) -> dict[s
         )
     length = theirs.integer("max_position_embeddings")
     return {"rope_theta": theta, "rope_scaling": _read_scaling(scaling, kind, original, length)}
+
+
+def read_rotary_factor(theirs: Settings, default: float = 1.0) -> float:
+    """Read which part of a head's channels rotates.
+
+    Args:
+        theirs: Their settings.
+        default: What their class takes where a file has no such field.
+
+    Raises:
+        ConversionError: If it is no number above 0 and up to 1.
+    """
+    inner = _mapping(theirs, "rope_scaling") or _mapping(theirs, "rope_parameters")
+    outer = theirs.number("partial_rotary_factor", default)
+    factor = Settings(inner, f"{theirs.where} (rope)").number("partial_rotary_factor", outer)
+    if not 0 < factor <= 1:
+        raise ConversionError(
+            f"`partial_rotary_factor` of {theirs.where} must be above 0 and at most 1, got {factor}"
+        )
+    return factor
 
 
 def write_rope(ours: Settings, length: int) -> dict[str, Any]:
