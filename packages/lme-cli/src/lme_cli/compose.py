@@ -68,6 +68,7 @@ def compose(
     *,
     trackers: Mapping[str, Tracker] | None = None,
     point: Callable[[str], None] | None = None,
+    mark: Callable[[str], None] | None = None,
 ) -> Composed:
     """Put a run together and restore it; nothing is trained yet.
 
@@ -76,6 +77,7 @@ def compose(
         run_file: Copied into the run directory.
         trackers: More trackers by name, such as a progress display.
         point: Called before each numbered step of writing a checkpoint; for tests.
+        mark: Told which phase of a step begins; of a watchdog.
 
     Returns:
         The run, its trackers started.
@@ -91,6 +93,11 @@ def compose(
     loaders = open_data(plan, tokenizer)
     model = build_model(plan, kernels)
     placed = place_model(plan, model)
+    if mark is not None:
+        placed.mark = mark
+        if point is None and not run.save_args.async_checkpointing:
+            # A save of a large model takes longer than a step: each part of it is progress.
+            point = _Progress(mark)
     # Equal in form, not in name: the packages do not know each other's classes.
     runtime = cast(Runtime, placed)
     optimizer = build_optimizer(
@@ -160,6 +167,7 @@ def compose(
         gradient_clipping=run.training_parameters.gradient_clipping,
         seed=run.random_args.seed,
         balance=ExpertBalance.of(plan.model_config, runtime.named_buffers()),
+        mark=mark,
     )
     return Composed(
         trainer=trainer,
@@ -271,6 +279,16 @@ def _build_hooks(
         hooks.append(ProfileHook(Path(trace)))
     hooks.append(GarbageCollectionHook())
     return hooks
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """Tells a watchdog that a save goes on."""
+
+    mark: Callable[[str], None]
+
+    def __call__(self, name: str) -> None:
+        self.mark("checkpoint")
 
 
 class SurfaceFailedSaves:

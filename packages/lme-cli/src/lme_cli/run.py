@@ -1,6 +1,7 @@
 """A whole run, from a checked run file to the report: plan, compose, train, tell."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,12 @@ from lme_cli.quickstart import DEFAULT_PATH
 from lme_data.dataset import MegatronDatasetArgs
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
     from lme_cli.compose import Composed
     from lme_cli.planning import Plan
     from lme_parallel.launch import Launch
+    from lme_parallel.watchdog.watchdog import Watchdog
 
 
 def plan_only(loaded: Loaded, launch: "Launch") -> None:
@@ -48,12 +52,27 @@ def train(loaded: Loaded, *, is_quickstart: bool = False) -> None:
         print_warnings(loaded.warnings)
     check_kill_switch(plan)
     timeout = run.distributed_args.timeout_minutes
-    with process_group(plan.launch, device=plan.device, timeout_minutes=timeout):
+    with process_group(plan.launch, device=plan.device, timeout_minutes=timeout) as store:
         if is_quickstart:
             if plan.is_first:
                 _prepare_quickstart(plan)
             barrier(plan.launch)
-        _train(plan, loaded, is_quickstart=is_quickstart)
+        _train(plan, loaded, watchdog=_watchdog(plan, store), is_quickstart=is_quickstart)
+
+
+def _watchdog(plan: "Plan", store: "Store | None") -> "Watchdog | None":
+    seconds = plan.run.distributed_args.watchdog_limit()
+    if store is None or seconds is None:
+        return None
+    from lme_parallel.watchdog.watchdog import Watchdog
+
+    return Watchdog(
+        store,
+        rank=plan.launch.rank,
+        world_size=plan.launch.world_size,
+        seconds=seconds,
+        folder=plan.save_path,
+    )
 
 
 def _prepare_quickstart(plan: "Plan") -> None:
@@ -62,7 +81,9 @@ def _prepare_quickstart(plan: "Plan") -> None:
     prepare(plan.save_path / "data", vocab_size=plan.model_config.vocab_size, say=print)
 
 
-def _train(plan: "Plan", loaded: Loaded, *, is_quickstart: bool) -> None:
+def _train(
+    plan: "Plan", loaded: Loaded, *, watchdog: "Watchdog | None", is_quickstart: bool
+) -> None:
     from lme_cli import flops
     from lme_cli.compose import compose
     from lme_cli.planning import describe
@@ -71,11 +92,13 @@ def _train(plan: "Plan", loaded: Loaded, *, is_quickstart: bool) -> None:
     if plan.is_first:
         print_table("This run:", describe(plan, flops.count(plan.model_config)))
     progress = {"progress": Progress(steps)} if plan.is_first else {}
-    composed = compose(plan, loaded.run_file, trackers=progress)
+    mark = None if watchdog is None else watchdog.mark
+    composed = compose(plan, loaded.run_file, trackers=progress, mark=mark)
     started = time.monotonic()
     is_done = composed.state.step >= steps
     try:
-        composed.trainer.fit(composed.state)
+        with nullcontext() if watchdog is None else watchdog:
+            composed.trainer.fit(composed.state)
     finally:
         composed.trackers.finish()
     if plan.is_first:

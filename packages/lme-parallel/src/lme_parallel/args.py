@@ -115,6 +115,9 @@ class DistributedArgs:
     """Ranks, out of the data-parallel ones, that divide the experts of a MoE layer."""
     timeout_minutes: int | None = None
     """Minutes after which a stuck collective fails; null: torch's default."""
+    watchdog_seconds: float | None = None
+    """Seconds without progress after which a run of several processes is ended, naming the process
+    that holds it up; null: four fifths of the time after which a stuck collective fails; 0: never."""
     sync_every_gradient_accumulation_step: bool | None = None
     """Sum gradients over ranks in every micro step; null: in stages 2 and 3 only."""
 
@@ -127,9 +130,18 @@ class DistributedArgs:
             expert_parallel_world_size=self.expert_parallel_world_size,
             timeout_minutes=self.timeout_minutes,
         )
+        if self.watchdog_seconds is not None and not self.watchdog_seconds >= 0:
+            raise ValueError(f"`watchdog_seconds` must be at least 0, got {self.watchdog_seconds}")
         self._check_data_parallel()
         self._check_tensor_parallel()
         self._check_pipeline()
+
+    def watchdog_limit(self) -> float | None:
+        """Return the seconds after which a watchdog acts; `None`: there is none."""
+        if self.watchdog_seconds is None:
+            # NCCL gives up after 10 minutes, and says less.
+            return 0.8 * 60 * (self.timeout_minutes or 10)
+        return self.watchdog_seconds or None
 
     def _check_data_parallel(self) -> None:
         sharding = self.zero_topology.data_parallel_sharding_world_size

@@ -8,7 +8,10 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
-from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from lme_parallel.failures import report_failure
 from lme_parallel.rendezvous import DEFAULT_SECONDS, meet
@@ -118,8 +121,10 @@ def detect(environment: Mapping[str, str]) -> Launch:
 @contextmanager
 def process_group(
     launch: Launch, *, device: torch.device, timeout_minutes: int | None = None
-) -> Iterator[None]:
+) -> Iterator[Store | None]:
     """Join the other processes for the length of a `with` block; one process joins nobody.
+
+    What follows `as` is the store that the processes share, `None` for one process.
 
     Args:
         launch: From `detect`.
@@ -132,7 +137,7 @@ def process_group(
             `timeout_minutes`; the message says who is missing.
     """
     if launch.world_size == 1:
-        yield
+        yield None
         return
     if launch.address is None:
         raise ValueError(
@@ -158,7 +163,7 @@ def process_group(
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield
+        yield store
     except BaseException as error:
         # Before the others notice that this one is gone. The group is left as it is: taking it
         # down waits for those that wait for this process.

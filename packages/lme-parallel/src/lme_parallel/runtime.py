@@ -98,6 +98,8 @@ class DistributedRuntime:
         self._scaler = scaler
         self._prepare = prepare
         self._parameters = placement.named_parameters()
+        self.mark: Callable[[str], None] = ignore_phase
+        """Called where a step enters another phase, for a watchdog; may be replaced."""
 
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the parameters by name, at least fp32, frozen ones too, as they are saved as well.
@@ -137,8 +139,10 @@ class DistributedRuntime:
         module = self._placement.forward_module()
         for number, batch in enumerate(batches, start=1):
             self._placement.begin(is_last=number == len(batches))
+            self.mark("forward")
             micro = objective.loss(objective.forward(module, batch), batch)
             loss = _mean_loss(micro, counts)
+            self.mark("backward")
             self._placement.backward(loss if self._scaler is None else self._scaler.scale(loss))
             sums.add(micro)
         self._placement.finish()
@@ -146,6 +150,7 @@ class DistributedRuntime:
 
     def forward(self, objective: Objective, batch: Batch) -> Any:  # the objective's LossSum
         """Evaluate one batch without gradients; the sums are over all processes."""
+        self.mark("evaluation")
         training = self.model.training
         self.model.eval()
         try:
@@ -162,6 +167,7 @@ class DistributedRuntime:
         Args:
             max_norm: Largest allowed norm; `None` only measures.
         """
+        self.mark("clip")
         named = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
         norm = self._global_norm(named)
         factor: Tensor | None = None
@@ -236,6 +242,10 @@ class DistributedRuntime:
             for name, each in zip(names, rest, strict=True)
         }
         return replace(sums, total=total, targets=targets, extras=extras)
+
+
+def ignore_phase(phase: str) -> None:
+    """Take note of nothing: there is no watchdog."""
 
 
 class _RunningSums:

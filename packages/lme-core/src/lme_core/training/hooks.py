@@ -84,6 +84,8 @@ class LogHook:
 class EvaluateHook:
     """Evaluates validation sets every interval and at the end, and test sets at the end."""
 
+    phase = "evaluation"
+
     def __init__(
         self,
         runtime: Runtime,
@@ -139,6 +141,8 @@ class EvaluateHook:
 
 class SaveHook:
     """Saves every interval, after the last step, and when the run must stop."""
+
+    phase = "checkpoint"
 
     def __init__(self, saver: Saver, tracker: Tracker, *, interval: int) -> None:
         """Say how saving is done.

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,6 +70,14 @@ class Closeable(Protocol):
         ...
 
 
+@runtime_checkable
+class Named(Protocol):
+    """A hook whose work has a name that a watchdog may tell."""
+
+    phase: str
+    """Such as `checkpoint`."""
+
+
 class Saver(Protocol):
     """Writes and reads training checkpoints."""
 
@@ -102,6 +110,7 @@ class Trainer:
         gradient_clipping: float | None = 1.0,
         seed: int = 42,
         balance: ExpertBalance | None = None,
+        mark: Callable[[str], None] | None = None,
     ) -> None:
         """Put a run together; nothing happens yet.
 
@@ -116,6 +125,7 @@ class Trainer:
             gradient_clipping: Largest global gradient norm, or no clipping.
             seed: Of dropout.
             balance: What moves the biases of experts, where the model has any that move.
+            mark: Told which phase begins: `data`, `optimizer`, and a hook's own.
         """
         self._runtime = runtime
         self._objective = objective
@@ -127,6 +137,7 @@ class Trainer:
         self._gradient_clipping = gradient_clipping
         self._seed = seed
         self._balance = balance
+        self._mark = mark or _ignore
 
     def fit(self, state: TrainState) -> None:
         """Train until the last step is done or a hook sets `state.stop_reason`.
@@ -143,6 +154,7 @@ class Trainer:
             while state.step < self._num_training_steps and state.stop_reason is None:
                 report = self.step(state)
                 for hook in self._hooks:
+                    self._mark(hook.phase if isinstance(hook, Named) else "between steps")
                     hook(state, report)
         finally:
             self._batches.close()
@@ -162,6 +174,7 @@ class Trainer:
         Raises:
             ValueError: If there are no more batches.
         """
+        self._mark("data")
         started = time.perf_counter()
         fetched = next(self._batches, None)
         if fetched is None:
@@ -173,6 +186,7 @@ class Trainer:
         batches = [{**batch, "dropout_key": key} for batch in fetched.micro_batches]
         sums = self._runtime.forward_backward(self._objective, batches)
         grad_norm = self._runtime.clip_gradients(self._gradient_clipping)
+        self._mark("optimizer")
         learning_rate = self._schedule.learning_rate
         step_optimizer(self._optimizer, grad_norm)
         self._runtime.finish_step()
@@ -192,6 +206,10 @@ class Trainer:
             data_wait_seconds=fetched.wait_seconds,
             is_last=state.step >= self._num_training_steps,
         )
+
+
+def _ignore(phase: str) -> None:
+    """Without a watchdog nobody asks."""
 
 
 def dropout_key(seed: int, step: int, device: torch.device) -> Tensor:
