@@ -51,7 +51,6 @@ VARIANTS = {
     "DDP, reentrant": ("DDP", REENTRANT, {}),
     "stage 3, reentrant": ("stage 3", REENTRANT, {}),
     "stage 3, compile": ("stage 3", {"torch_compile": True}, {"steps": 1}),
-    "DDP, compile": ("DDP", {"torch_compile": True, **RECOMPUTE}, {"steps": 1}),
     "stage 1, sync every step": ("stage 1", {SYNC: True}, {}),
     "DDP, sync every step": ("DDP", {SYNC: True}, {}),
     "stage 3, sync at the end": ("stage 3", {SYNC: False}, {}),

@@ -12,10 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from lme_parallel.failures import ERROR_FILE_VARIABLE, LAUNCHER_VARIABLE, read_failure
-from lme_parallel.launch import Launch
+
+if TYPE_CHECKING:
+    # Loads torch, which this module does without.
+    from lme_parallel.launch import Launch
 
 GRACE_SECONDS = 5.0
 """Between asking processes to end and killing them."""
@@ -34,7 +37,7 @@ class Failure:
 
 
 def worker_environments(
-    nproc: int, host: Launch, environment: Mapping[str, str]
+    nproc: int, host: "Launch", environment: Mapping[str, str]
 ) -> list[dict[str, str]]:
     """Return the variables of each process of this host.
 

@@ -110,7 +110,7 @@ def run_train(arguments, options):
 @pytest.fixture(scope="module")
 def straight(fast_root):
     """The run that was never stopped, in one process."""
-    ranks = run(SINGLE, fast_root / "straight", 4)
+    ranks = run(SINGLE, fast_root / "straight-layouts", 4)
     return assemble([each["final"] for each in ranks])[0]
 
 
