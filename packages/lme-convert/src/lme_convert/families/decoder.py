@@ -81,8 +81,7 @@ _THEIR_IDLE = (
     "use_cache",
 )
 
-# Initialisation, dropout and losses of ours, which no file of theirs holds.
-_OUR_IDLE = (
+OUR_IDLE = (
     "architectures",
     "embedding_dropout",
     "embedding_init_method",
@@ -96,6 +95,7 @@ _OUR_IDLE = (
     "use_cache",
     "use_depth_scaled_init",
 )
+"""Initialisation, dropout and losses of ours, which no file of theirs holds."""
 
 
 def read_decoder(
@@ -225,7 +225,7 @@ def write_decoder(
         UnsupportedModelError: If the model has parts that they lack.
         ConversionError: If a field is missing or malformed.
     """
-    ours.drop(_OUR_IDLE)
+    ours.drop(OUR_IDLE)
     ours.expect("normalization_function", ("rmsnorm",))
     ours.expect("position_embedding_type", positions)
     ours.expect("norm_placement", (norm_placement,), default="pre")
