@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from lme_cli.evaluation import evaluate_checkpoint
 from lme_data.writer import IndexedWriter
 from lme_parallel.testing import run_distributed
 
 STEPS = 6
+HYBRID = {"data_parallel_replication_world_size": 2, "data_parallel_sharding_world_size": 2}
 RUN = """
 datasets:
   - class_name: MegatronDataset
@@ -159,16 +161,21 @@ def straight(tmp_path_factory, corpora):
 @pytest.mark.parametrize(
     ("distributed", "size"),
     [
-        ({"stage": 3, "gradient_checkpointing_method": "block"}, 4),
+        ({"stage": 3, "gradient_checkpointing_method": "block", "zero_topology": HYBRID}, 4),
         ({"stage": 2, "fsdp_algorithm": 1}, 2),
         ({"stage": 0, "fsdp_algorithm": None}, 2),
     ],
-    ids=["stage 3", "FSDP 1", "DDP"],
+    ids=["hybrid stage 3", "FSDP 1", "DDP"],
 )
 def test_several_processes_train_as_one(distributed, size, corpora, straight, tmp_path):
     file = write_run(tmp_path, corpora, "run", distributed)
     run_distributed(train, size, str(file))
-    assert_close(losses(tmp_path / "run"), straight)
+    found = losses(tmp_path / "run")
+    assert_close(found, straight)
+    # One process evaluates the same rows, without the layout.
+    for record in evaluate_checkpoint(tmp_path / "run", [], ["val"]):
+        key = ("val", record["group"], STEPS, "loss")
+        assert record["loss"] == pytest.approx(found[key], rel=2e-6)
 
 
 def test_bf16_shards_train_as_bf16_copies_of_one_process(corpora, tmp_path):
