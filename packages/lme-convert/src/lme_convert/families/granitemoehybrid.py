@@ -78,10 +78,8 @@ def import_config(theirs: Settings) -> dict[str, Any]:
 
 
 def _read_mamba(theirs: Settings, hidden_size: int) -> dict[str, Any]:
-    width, heads = (
-        theirs.integer("mamba_expand", 2) * hidden_size,
-        theirs.integer("mamba_n_heads", 128),
-    )
+    width = theirs.integer("mamba_expand", 2) * hidden_size
+    heads = theirs.integer("mamba_n_heads", 128)
     if theirs.value("mamba_d_head", "auto") != "auto":
         check_heads(theirs, heads, theirs.integer("mamba_d_head"), width)
     mixer = {
