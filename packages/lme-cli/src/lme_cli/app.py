@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from lme_cli.commands import config, convert, data, doctor, evaluate, generate, kernels, train
 from lme_cli.commands.unshard import unshard
+from lme_cli.commands.verify_resume import verify_resume
 
 
 class ErrorsAsMessages(TyperGroup):
@@ -80,6 +81,7 @@ app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 app.add_typer(kernels.app, name="kernels")
 app.command()(doctor.doctor)
+app.command("verify-resume")(verify_resume)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -69,6 +69,7 @@ def compose(
     trackers: Mapping[str, Tracker] | None = None,
     point: Callable[[str], None] | None = None,
     mark: Callable[[str], None] | None = None,
+    first_hooks: Sequence[Hook] = (),
 ) -> Composed:
     """Put a run together and restore it; nothing is trained yet.
 
@@ -78,6 +79,7 @@ def compose(
         trackers: More trackers by name, such as a progress display.
         point: Called before each numbered step of writing a checkpoint; for tests.
         mark: Told which phase of a step begins; of a watchdog.
+        first_hooks: Called after each step before those of the run.
 
     Returns:
         The run, its trackers started.
@@ -162,7 +164,7 @@ def compose(
         optimizer,
         schedule,
         batches,
-        hooks,
+        [*first_hooks, *hooks],
         num_training_steps=steps,
         gradient_clipping=run.training_parameters.gradient_clipping,
         seed=run.random_args.seed,

@@ -245,4 +245,6 @@ def _members() -> dict[str, list[int]]:
     """Global ranks of each group, by the name that the record uses."""
     world: Any = distributed.distributed_c10d._world
     names = dict(world.pg_names)
-    return {names[group]: sorted(ranks) for group, ranks in world.pg_group_ranks.items()}
+    # Groups that this process is no member of are in one table and not in the other.
+    ranks = {group: each for group, each in world.pg_group_ranks.items() if group in names}
+    return {names[group]: sorted(each) for group, each in ranks.items()}

@@ -239,7 +239,12 @@ class Watchdog:
         self._judge_alone()
 
     def _in_detail(self) -> Snapshot:
-        snapshot = replace(self._ended or self._look(), groups=called_collectives())
+        try:
+            groups = called_collectives()
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            # The record is torch's own and may change; the rest is known without it.
+            groups = []
+        snapshot = replace(self._ended or self._look(), groups=groups)
         if snapshot.waits_in != A_COLLECTIVE:
             return snapshot
         calls = [call for group in snapshot.groups for call in group.calls if not call.is_done]
