@@ -89,13 +89,13 @@ def run_workers(
         What failed first; `None` if all went well.
     """
     with tempfile.TemporaryDirectory(prefix="lme-launch-") as folder:
-        workers = [
-            _Worker(command, {**each, ERROR_FILE_VARIABLE: f"{folder}/{number}.json"})
-            for number, each in enumerate(environments)
-        ]
-        group = _Group(workers)
+        group = _Group()
+        # Before the first process starts: it may be asked to end at once.
         previous = {each: signal.signal(each, group.pass_on) for each in _passed_on()}
         try:
+            for number, each in enumerate(environments):
+                error_file = f"{folder}/{number}.json"
+                group.add(_Worker(command, {**each, ERROR_FILE_VARIABLE: error_file}))
             return group.wait()
         finally:
             group.end()
@@ -144,11 +144,16 @@ class _Worker:
 
 
 class _Group:
-    def __init__(self, workers: Sequence[_Worker]) -> None:
-        self._workers = workers
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
         self._ended: queue.Queue[tuple[_Worker, int]] = queue.Queue()
-        for worker in workers:
-            threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
+        self._received: int | None = None
+
+    def add(self, worker: _Worker) -> None:
+        self._workers.append(worker)
+        threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
+        if self._received is not None:
+            worker.send(self._received)
 
     def wait(self) -> Failure | None:
         for _ in self._workers:
@@ -159,6 +164,7 @@ class _Group:
         return None
 
     def pass_on(self, number: int, frame: object) -> None:
+        self._received = number
         for worker in self._workers:
             worker.send(number)
 
