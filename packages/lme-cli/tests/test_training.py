@@ -157,3 +157,40 @@ def test_evaluation_repeats_what_the_run_logged(tiny_run, tmp_path, lme):
     assert record == logged
     code, out, _ = lme("evaluate", tmp_path / "run" / "global_step3", "--split", "val")
     assert json.loads(out)["step"] == 3
+
+
+def _poison(monkeypatch, step):
+    """Make the loss of one step not a number."""
+    from lme_parallel.runtime import DistributedRuntime
+
+    whole, calls = DistributedRuntime.forward_backward, []
+
+    def forward_backward(self, objective, batches):
+        sums = whole(self, objective, batches)
+        calls.append(None)
+        if len(calls) == step:
+            for parameter in self.named_parameters().values():
+                parameter.grad.fill_(float("nan"))
+        return sums
+
+    monkeypatch.setattr(DistributedRuntime, "forward_backward", forward_backward)
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_bad_step_is_recorded_and_ends_the_run_if_asked(
+    tiny_run, tmp_path, lme, monkeypatch, policy
+):
+    _poison(monkeypatch, 4)
+    code, _, err = lme("train", tiny_run, "--set", f"training_parameters.bad_step_policy={policy}")
+    run = tmp_path / "run"
+    (row,) = [json.loads(line) for line in (run / "bad-steps-rank0.jsonl").read_text().splitlines()]
+    assert (row["step"], row["grad_norm"], row["policy"]) == (4, "nan", policy)
+    assert row["data_position_before"]["position"] == 6
+    if policy == "skip":
+        assert code == 0, err
+        assert all(each["loss"] > 0 for each in metrics(run))
+    else:
+        assert code == 1
+        assert "step 4 gave values that are not finite" in err
+        assert "Traceback" not in err
+        assert not (run / "global_step6").exists()

@@ -17,11 +17,13 @@ from lme_cli.run_file import RunFile
 from lme_cli.run_tokenizer import find_tokenizer
 from lme_core.architectures.decoder import Decoder, parameter_traits
 from lme_core.config import to_dict
+from lme_core.training.anomalies import StepGuard
 from lme_core.training.batches import BatchStream
 from lme_core.training.experts import ExpertBalance
 from lme_core.training.hooks import (
     EvaluateHook,
     GarbageCollectionHook,
+    GuardHook,
     LogHook,
     ProfileHook,
     SaveHook,
@@ -130,6 +132,13 @@ def compose(
         device_peak_flops=peak_flops(plan.device, run.mixed_precision_args.torch_dtype),
         cost_per_accelerator_per_hour=run.logging_args.cost_per_accelerator_per_hour,
     )
+    guard = StepGuard(
+        policy=run.training_parameters.bad_step_policy,
+        spike_sigmas=run.training_parameters.spike_sigmas,
+        record_path=plan.save_path / f"bad-steps-rank{plan.launch.rank}.jsonl",
+        device=plan.device,
+        scales_loss=run.mixed_precision_args.torch_dtype == torch.float16,
+    )
     checkpointer = Checkpointer(
         run.save_args,
         parameters=runtime.named_parameters(),
@@ -141,6 +150,8 @@ def compose(
             "trackers": followers,
             "runtime": runtime,
             "throughput": throughput,
+            # Only spikes depend on steps before.
+            **({} if run.training_parameters.spike_sigmas is None else {"guard": guard}),
         },
         documents={
             "config.json": to_dict(plan.model_config),
@@ -157,7 +168,7 @@ def compose(
         _write_run_files(plan, run_file)
     followers.start(state.step)
     evaluation = _build_evaluation(plan, runtime, objective, followers, loaders, tokenizer)
-    hooks = _build_hooks(plan, runtime, followers, throughput, evaluation, checkpointer)
+    hooks = _build_hooks(plan, runtime, followers, throughput, guard, evaluation, checkpointer)
     trainer = Trainer(
         runtime,
         objective,
@@ -170,6 +181,7 @@ def compose(
         seed=run.random_args.seed,
         balance=ExpertBalance.of(plan.model_config, runtime.named_buffers()),
         mark=mark,
+        guard=guard,
     )
     return Composed(
         trainer=trainer,
@@ -259,6 +271,7 @@ def _build_hooks(
     runtime: Runtime,
     trackers: Trackers,
     throughput: Throughput,
+    guard: StepGuard,
     evaluation: EvaluateHook | None,
     checkpointer: Checkpointer,
 ) -> list[Hook]:
@@ -271,6 +284,7 @@ def _build_hooks(
     hooks: list[Hook] = [
         stop,
         LogHook(runtime, trackers, throughput, interval=run.logging_args.log_interval),
+        GuardHook(guard, interval=run.logging_args.log_interval),
     ]
     if evaluation is not None:
         hooks.append(evaluation)

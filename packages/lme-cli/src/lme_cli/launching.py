@@ -85,6 +85,9 @@ def launch_workers(hosts: Hosts, arguments: Sequence[str]) -> None:
     failure = run_workers(command, environments)
     if failure is None:
         return
+    if failure.message.startswith("HangError: "):
+        # It names the process that was to blame, which may not be the one that said so first.
+        raise WorkerFailedError(failure.message.removeprefix("HangError: "), 1)
     said = f": {failure.message}" if failure.message else ""
     code = failure.exit_code
     how = f"was ended by signal {-code}" if code < 0 else f"failed first, with exit code {code}"

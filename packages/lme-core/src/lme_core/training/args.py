@@ -135,6 +135,11 @@ class TrainingParameters:
     """Largest global gradient norm; null: no clipping."""
     ignore_sampling_proportion_for_validation: bool = False
     """Validate on each data set once and in order instead of in the mixture's proportions."""
+    bad_step_policy: Literal["skip", "raise"] = "skip"
+    """After a step whose loss or gradient is not finite, or is a spike: leave it out and go on, or
+    end the run. Either way it is not applied, and its batch is recorded in the run's directory."""
+    spike_sigmas: float | None = None
+    """A loss so many standard deviations above its running mean is a spike; null: none is."""
     stop_after_seconds: float | None = None
     """Wall-clock budget: after it the run saves and ends with exit code 0; null: none."""
 
@@ -158,6 +163,7 @@ class TrainingParameters:
         for name, limit in (
             ("gradient_clipping", self.gradient_clipping),
             ("stop_after_seconds", self.stop_after_seconds),
+            ("spike_sigmas", self.spike_sigmas),
         ):
             if limit is not None and not limit > 0:
                 raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lme_core.training.anomalies import StepGuard
 from lme_core.training.evaluation import EvaluationSet, records
 from lme_core.training.objectives import Objective
 from lme_core.training.runtime import Runtime
@@ -79,6 +80,26 @@ class LogHook:
         )
         if not math.isfinite(record["grad_norm"]):
             logger.warning("update skipped, gradient norm not finite: step=%d", state.step)
+
+
+class GuardHook:
+    """Lets the guard tell about bad steps, at the steps that `LogHook` waits for anyway."""
+
+    def __init__(self, guard: StepGuard, *, interval: int) -> None:
+        """Say who tells how often.
+
+        Args:
+            guard: What judged the steps.
+            interval: That of `LogHook`, which comes before.
+        """
+        self._guard = guard
+        self._interval = interval
+
+    def __call__(self, state: TrainState, report: StepReport) -> None:
+        """Look if it is due, before anything is evaluated or saved; may raise `BadStepError`."""
+        ends = report.is_last or state.stop_reason is not None
+        if ends or state.step == 1 or state.step % self._interval == 0:
+            self._guard.report()
 
 
 class EvaluateHook:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lme_core.training.anomalies import StepGuard
 from lme_core.training.batches import BatchStream
 from lme_core.training.experts import ExpertBalance, expert_metrics
 from lme_core.training.objectives import Objective
@@ -111,6 +112,7 @@ class Trainer:
         seed: int = 42,
         balance: ExpertBalance | None = None,
         mark: Callable[[str], None] | None = None,
+        guard: StepGuard | None = None,
     ) -> None:
         """Put a run together; nothing happens yet.
 
@@ -125,6 +127,7 @@ class Trainer:
             gradient_clipping: Largest global gradient norm, or no clipping.
             seed: Of dropout.
             balance: What moves the biases of experts, where the model has any that move.
+            guard: Decides which steps are applied; without it those of finite norm.
             mark: Told which phase begins: `data`, `optimizer`, and a hook's own.
         """
         self._runtime = runtime
@@ -138,6 +141,7 @@ class Trainer:
         self._seed = seed
         self._balance = balance
         self._mark = mark or _ignore
+        self._guard = guard
 
     def fit(self, state: TrainState) -> None:
         """Train until the last step is done or a hook sets `state.stop_reason`.
@@ -176,6 +180,7 @@ class Trainer:
         """
         self._mark("data")
         started = time.perf_counter()
+        position = self._batches.state_dict()
         fetched = next(self._batches, None)
         if fetched is None:
             raise ValueError(
@@ -188,10 +193,15 @@ class Trainer:
         grad_norm = self._runtime.clip_gradients(self._gradient_clipping)
         self._mark("optimizer")
         learning_rate = self._schedule.learning_rate
-        step_optimizer(self._optimizer, grad_norm)
+        decided = grad_norm
+        if self._guard is not None:
+            decided = self._guard.judge(
+                state.step + 1, sums.loss, grad_norm, fetched.micro_batches, position
+            )
+        step_optimizer(self._optimizer, decided)
         self._runtime.finish_step()
         if self._balance is not None:
-            self._balance(sums.values, torch.isfinite(grad_norm))
+            self._balance(sums.values, torch.isfinite(decided))
         self._schedule.step()
         state.step += 1
         state.tokens += fetched.tokens
