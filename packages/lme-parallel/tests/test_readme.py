@@ -10,4 +10,4 @@ def test_the_examples_run(tmp_path, monkeypatch):
     for block in blocks:
         exec(block, names)
     assert (tmp_path / "run/global_step1/COMMIT").is_file()
-    assert len(blocks) == 3
+    assert len(blocks) == 4
