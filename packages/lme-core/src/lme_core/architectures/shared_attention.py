@@ -12,7 +12,7 @@ from lme_core.layers.initialization import linear_std
 from lme_core.layers.linear import Linear
 from lme_core.layers.normalization import Norm, build_head_norm, build_norm
 from lme_core.layers.settings import ModelSettings
-from lme_core.mixers.attention_dropout import attention_with_dropout
+from lme_core.mixers.attending import attend_in_context
 from lme_core.mixers.softmax_attention import (
     AttentionSinks,
     SoftmaxAttentionConfig,
@@ -22,7 +22,7 @@ from lme_kernels.ops.attention import ATTENTION
 from lme_kernels.ops.rope import ROPE
 from lme_kernels.policy import KernelPolicy
 
-_OUTPUT_DROPOUT, _SOFTMAX_DROPOUT = 0, 1
+_OUTPUT_DROPOUT = 0
 
 Rope = Callable[..., tuple[Tensor, Tensor]]
 
@@ -163,34 +163,18 @@ class SharedAttention(nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext
     ) -> Tensor:
-        if self.config.softmax_dropout > 0 and context.dropout_key is not None:
-            return attention_with_dropout(
-                query,
-                key,
-                value,
-                scale=self.scale,
-                window=self.config.sliding_window,
-                cu_seqlens=context.cu_seqlens,
-                mask=context.mask,
-                softcap=self.config.attention_softcap,
-                sinks=None if self.sinks is None else self.sinks.weight,
-                p=self.config.softmax_dropout,
-                dropout_key=context.dropout_key,
-                site=_SOFTMAX_DROPOUT,
-                token_index=context.token_index,
-                part=self.part[0],
-            )
-        return self.attend(
+        return attend_in_context(
+            self.attend,
             query,
             key,
             value,
-            causal=True,
+            context,
             scale=self.scale,
             window=self.config.sliding_window,
             softcap=self.config.attention_softcap,
-            cu_seqlens=context.cu_seqlens,
-            mask=context.mask,
             sinks=None if self.sinks is None else self.sinks.weight,
+            p=self.config.softmax_dropout,
+            part=self.part[0],
         )
 
 

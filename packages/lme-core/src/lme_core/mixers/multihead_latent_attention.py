@@ -13,14 +13,14 @@ from lme_core.layers.initialization import linear_std
 from lme_core.layers.linear import Linear
 from lme_core.layers.normalization import Norm
 from lme_core.layers.settings import ModelSettings, Normalization
-from lme_core.mixers.attention_dropout import attention_with_dropout
+from lme_core.mixers.attending import attend_in_context
 from lme_core.mixers.base import LayerCache, SequenceMixer
 from lme_core.mixers.checks import check_positive
 from lme_kernels.ops.attention import ATTENTION
 from lme_kernels.ops.rope import ROPE
 from lme_kernels.policy import KernelPolicy
 
-_OUTPUT_DROPOUT, _SOFTMAX_DROPOUT = 0, 1
+_OUTPUT_DROPOUT = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,21 +293,6 @@ class MultiheadLatentAttention(SequenceMixer):
         key = self.key_up(of_keys).unflatten(-1, (-1, self.config.head_dim))
         value = self.value_up(of_values).unflatten(-1, (-1, self.config.value_size()))
         key = torch.cat((key, rotating.expand(-1, -1, key.shape[2], -1)), dim=-1)
-        if self.config.softmax_dropout > 0 and context.dropout_key is not None:
-            return attention_with_dropout(
-                query,
-                key,
-                value,
-                scale=self.scale,
-                window=self.config.sliding_window,
-                cu_seqlens=context.cu_seqlens,
-                mask=context.mask,
-                p=self.config.softmax_dropout,
-                dropout_key=context.dropout_key,
-                site=_SOFTMAX_DROPOUT,
-                token_index=context.token_index,
-                part=self.part[0],
-            )
         return self._attend(query, key, value, context)
 
     def _compressed(
@@ -341,13 +326,14 @@ class MultiheadLatentAttention(SequenceMixer):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext
     ) -> Tensor:
-        return self.attend(
+        return attend_in_context(
+            self.attend,
             query,
             key,
             value,
-            causal=True,
+            context,
             scale=self.scale,
             window=self.config.sliding_window,
-            cu_seqlens=context.cu_seqlens,
-            mask=context.mask,
+            p=self.config.softmax_dropout,
+            part=self.part[0],
         )

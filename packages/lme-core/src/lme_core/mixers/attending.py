@@ -1,9 +1,78 @@
-"""Softmax attention that drops weights at random: explicit, since its mask must be ours."""
+"""Attending as a batch asks: by the op, or explicitly where weights are dropped at random."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lme_core.layers import random
+from lme_core.layers.context import SequenceContext
+
+# Number of the weights' dropout within a layer.
+_SITE = 1
+
+
+def attend_in_context(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: SequenceContext,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    p: float,
+    part: int,
+) -> Tensor:
+    """Attend causally, by `attend` unless weights are to be dropped.
+
+    Args:
+        attend: The op `attention`, or what stands for it over devices.
+        query: Shape (B, S, N, D).
+        key: Shape (B, T, K, D).
+        value: Shape (B, T, K, D').
+        context: Facts about the batch.
+        scale: Factor of query times key.
+        window: Tokens that a token sees, itself among them; `None` for all before it.
+        softcap: Bound on the scaled products' magnitude; `None` for none.
+        sinks: A score for each head that has no value, shape (N,).
+        p: Probability of dropping a weight in training.
+        part: Which N of the layer's heads these are, where heads are cut over devices.
+
+    Returns:
+        Shape (B, S, N, D').
+    """
+    if p > 0 and context.dropout_key is not None:
+        return attention_with_dropout(
+            query,
+            key,
+            value,
+            scale=scale,
+            window=window,
+            cu_seqlens=context.cu_seqlens,
+            mask=context.mask,
+            softcap=softcap,
+            sinks=sinks,
+            p=p,
+            dropout_key=context.dropout_key,
+            site=_SITE,
+            token_index=context.token_index,
+            part=part,
+        )
+    return attend(
+        query,
+        key,
+        value,
+        causal=True,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        cu_seqlens=context.cu_seqlens,
+        mask=context.mask,
+        sinks=sinks,
+    )
 
 
 def attention_with_dropout(
