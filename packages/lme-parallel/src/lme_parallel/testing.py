@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from lme_parallel.results import read_result, write_result
+
 _PRELOADED = (
     "torch",
     "torch._dynamo",
@@ -67,10 +69,7 @@ def run_distributed(
         ]
         _join(processes, timeout_seconds)
         _raise_failures(processes, Path(folder))
-        return [
-            torch.load(Path(folder) / f"result-{rank}", weights_only=True)
-            for rank in range(world_size)
-        ]
+        return [read_result(Path(folder) / f"result-{rank}") for rank in range(world_size)]
 
 
 def run_until_ended(
@@ -184,7 +183,7 @@ def _enter(
                 timeout=timedelta(seconds=60),
             )
         result = _load(source, name)(*args)
-        torch.save(result, Path(folder) / f"result-{rank}")
+        write_result(Path(folder) / f"result-{rank}", result)
         if world_size > 1:
             distributed.barrier()
             distributed.destroy_process_group()
