@@ -40,7 +40,7 @@ def small_block(block):
     """A block of the same kind with few channels; heads of one number stay of one number."""
     small = {}
     for name, value in block.items():
-        if name.endswith("_heads") and isinstance(value, int):
+        if name.endswith("_heads") and type(value) is int:
             small[name] = 1 if value == 1 else 4
         else:
             small[name] = SMALL[name] if name in SMALL and value is not None else value

@@ -91,10 +91,11 @@ def test_a_broken_resume_ends_with_exit_code_1_and_names_the_first_difference(
     code, out, err = lme("verify-resume", tiny_run, "--steps", "4", "--cut", "2")
     assert code == 1
     assert re.search(r"^  losses and rates +DIFFER$", out, re.M)
-    assert re.match(
-        r"error: the resumed run is another one; first difference in losses and rates:\s+step \d"
+    assert re.search(
+        r"^error: the resumed run is another one; first difference in losses and rates:\s+step \d"
         r" train \w+: straight \S+, resumed \S+",
         err,
+        re.M,
     ), err
 
 

@@ -1,6 +1,8 @@
 """Which accelerator is here, and what each backend needs of it."""
 
 import os
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -62,7 +64,7 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
             return f"the package `{package}` is not installed"
     if backend == "triton" and device_type == "cpu":
         if is_triton_interpreted():
-            return None
+            return _why_no_interpreter()
         return "Triton runs on CPU tensors only under its interpreter (`TRITON_INTERPRET=1`)"
     served = SERVED_DEVICES.get(backend)
     if served is None:
@@ -70,6 +72,19 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
     if device_type not in served:
         return f"it runs on {', '.join(sorted(served))} tensors, and these are on {device_type}"
     return why_unusable() if backend == "cuda" else None
+
+
+@cache
+def _why_no_interpreter() -> str | None:
+    """Say why the interpreter of the Triton here cannot run; `None` if it can."""
+    triton, numpy = (
+        tuple(int(part) for part in import_module(each).__version__.split(".")[:2])
+        for each in ("triton", "numpy")
+    )
+    # It turns arrays of one element into numbers, which NumPy no longer does.
+    if triton < (3, 6) and numpy >= (2, 4):
+        return "the interpreter of Triton before 3.6 does not run with NumPy 2.4 or newer"
+    return None
 
 
 def why_not_triton(*tensors: Tensor | None) -> str | None:

@@ -241,7 +241,7 @@ class RecurrentMixer(SequenceMixer):
         """
         if self.convolution is None:
             return x
-        kept = cast(RecurrentCache | None, cache)
+        kept = None if cache is None else cast(RecurrentCache, cache)
         initial = self.exchange_halo(
             x,
             None if kept is None else kept.convolution,
@@ -271,7 +271,7 @@ class RecurrentMixer(SequenceMixer):
         Returns:
             The outputs that `run` gives.
         """
-        kept = cast(RecurrentCache | None, cache)
+        kept = None if cache is None else cast(RecurrentCache, cache)
         y, state = self.exchange_state(
             run,
             None if kept is None else kept.state,
