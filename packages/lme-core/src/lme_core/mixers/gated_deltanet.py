@@ -147,7 +147,8 @@ class GatedDeltaNet(RecurrentMixer):
         beta = torch.sigmoid(strength.to(log_decay.dtype))
         beta = 2.0 * beta if config.allow_neg_eigval else beta
 
-        def run(initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Quoted: some versions of torch cannot trace the making of a union.
+        def run(initial: "Tensor | None") -> tuple[Tensor, Tensor]:
             return self.delta_rule(
                 query,
                 key,

@@ -188,7 +188,8 @@ class LinearAttention(RecurrentMixer):
         query, key = (each.unflatten(-1, (-1, config.k_head_dim)) for each in (query, key))
         value = value.unflatten(-1, (-1, config.v_head_dim))
 
-        def run(initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Quoted: some versions of torch cannot trace the making of a union.
+        def run(initial: "Tensor | None") -> tuple[Tensor, Tensor]:
             return self.attend_linearly(
                 query,
                 key,

@@ -214,7 +214,8 @@ class M2RNN(RecurrentMixer):
         forget = _spread(forget, N, dim=-1)
         kept = self.decay_gate(forget).exp().to(query.dtype)
 
-        def run(initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Quoted: some versions of torch cannot trace the making of a union.
+        def run(initial: "Tensor | None") -> tuple[Tensor, Tensor]:
             return self.m2rnn(
                 query,
                 key,

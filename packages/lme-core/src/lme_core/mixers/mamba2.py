@@ -190,7 +190,8 @@ class Mamba2(RecurrentMixer):
         step = self.decay_gate.step(dt).clamp(*self.config.time_step_limit)
         rate = self.decay_gate.rate()
 
-        def run(initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Quoted: some versions of torch cannot trace the making of a union.
+        def run(initial: "Tensor | None") -> tuple[Tensor, Tensor]:
             return self.ssm(
                 inputs,
                 step,

@@ -160,7 +160,8 @@ class VectorRecurrence(RecurrentMixer):
         inputs = [each.unflatten(-1, (-1, self.head_size)) for each in (candidate, *others)]
         weights = self.state_weight.split(self.weight_heads)
 
-        def run(initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Quoted: some versions of torch cannot trace the making of a union.
+        def run(initial: "Tensor | None") -> tuple[Tensor, Tensor]:
             return self.scan(inputs, weights, initial, sequences)
 
         y = self.recur(run, sequences, cache)
