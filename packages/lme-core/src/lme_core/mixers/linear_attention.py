@@ -156,6 +156,7 @@ class LinearAttention(RecurrentMixer):
         # Rows of the projection: queries, keys, values, gates.
         self.qkv_sizes = sizes[:3]
         self.sizes = [sum(sizes[:3]), sizes[3]]
+        self.num_heads = N
         self.gate_repeats = N // config.num_g_heads
         self.input = Linear(
             H, sum(sizes), bias=config.add_bias, std=linear_std(settings, H), mup=True
@@ -202,7 +203,7 @@ class LinearAttention(RecurrentMixer):
             )
 
         # The state keeps all it has: the logarithm of one.
-        kept = value.new_zeros((*value.shape[:-2], config.num_heads()))
+        kept = value.new_zeros((*value.shape[:-2], self.num_heads))
         y = self.recur(run, sequences, cache, kept)
         gate = gate.unflatten(-1, (-1, config.v_head_dim))
         gate = gate.repeat_interleave(self.gate_repeats, dim=-2).flatten(-2)
