@@ -126,6 +126,6 @@ class GRU(VectorRecurrence):
             reset_weight,
             initial_state=initial,
             cu_seqlens=sequences.cu_seqlens,
-            max_seqlen=sequences.max_seqlen,
+            max_seqlen=sequences.max_seqlen(),
             gradient_clipping=self.gradient_clipping,
         )

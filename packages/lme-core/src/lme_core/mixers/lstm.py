@@ -111,7 +111,7 @@ class LSTM(VectorRecurrence):
             initial_state=state,
             initial_cell=cell,
             cu_seqlens=sequences.cu_seqlens,
-            max_seqlen=sequences.max_seqlen,
+            max_seqlen=sequences.max_seqlen(),
             gradient_clipping=self.gradient_clipping,
         )
         return y, torch.stack((state, cell), dim=1)

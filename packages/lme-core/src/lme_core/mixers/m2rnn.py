@@ -224,7 +224,7 @@ class M2RNN(RecurrentMixer):
                 kept,
                 initial_state=initial,
                 cu_seqlens=sequences.cu_seqlens,
-                max_seqlen=sequences.max_seqlen,
+                max_seqlen=sequences.max_seqlen(),
                 gradient_clipping=config.gradient_clipping,
             )
 

@@ -95,7 +95,7 @@ class Sequences(NamedTuple):
     padded: bool
     """Whether they are the rows without their padding."""
 
-    @property
+    # A method: torch 2.9 does not trace properties of tuples.
     def max_seqlen(self) -> int | None:
         """Tokens of the longest sequence at most; `None` where ops find it out themselves."""
         if self.cu_seqlens is None:

@@ -92,6 +92,6 @@ class RNN(VectorRecurrence):
             weights[0],
             initial_state=initial,
             cu_seqlens=sequences.cu_seqlens,
-            max_seqlen=sequences.max_seqlen,
+            max_seqlen=sequences.max_seqlen(),
             gradient_clipping=self.gradient_clipping,
         )

@@ -5,12 +5,12 @@ from torch import Tensor
 from lme_kernels.op import Backend, Op
 from lme_kernels.ops.gru import reference
 from lme_kernels.ops.rnn.sequences import (
+    ScanOptions,
     check_inputs,
     check_shape,
     check_state,
     common_heads,
     num_sequences,
-    scan_options,
 )
 
 GRU = Op(
@@ -87,6 +87,6 @@ def gru(
         | {name: each.shape[0] for name, each in matrices.items()}
     )
     check_state("initial_state", initial_state, (num_sequences(x, cu_seqlens), N, D))
-    options = scan_options(max_seqlen, gradient_clipping)
+    options = ScanOptions(max_seqlen, gradient_clipping).check()
     tensors = (x, weight, forget_input, forget_weight, reset_input, reset_weight, initial_state)
     return GRU.choose(backend, *tensors)(*tensors, cu_seqlens, options)

@@ -5,12 +5,12 @@ from torch import Tensor
 from lme_kernels.op import Backend, Op
 from lme_kernels.ops.lstm import reference
 from lme_kernels.ops.rnn.sequences import (
+    ScanOptions,
     check_inputs,
     check_shape,
     check_state,
     common_heads,
     num_sequences,
-    scan_options,
 )
 
 LSTM = Op(
@@ -109,7 +109,7 @@ def lstm(
     shape = (num_sequences(x, cu_seqlens), N, D)
     check_state("initial_state", initial_state, shape)
     check_state("initial_cell", initial_cell, shape)
-    options = scan_options(max_seqlen, gradient_clipping)
+    options = ScanOptions(max_seqlen, gradient_clipping).check()
     pairs = zip(inputs.values(), matrices.values(), strict=True)
     tensors = (*(each for pair in pairs for each in pair), initial_state, initial_cell)
     return LSTM.choose(backend, *tensors)(*tensors, cu_seqlens, options)

@@ -5,12 +5,12 @@ from torch import Tensor
 from lme_kernels.op import Backend, Op
 from lme_kernels.ops.m2rnn import reference
 from lme_kernels.ops.rnn.sequences import (
+    ScanOptions,
     check_inputs,
     check_shape,
     check_state,
     common_heads,
     num_sequences,
-    scan_options,
 )
 
 M2RNN = Op(
@@ -81,6 +81,6 @@ def m2rnn(
     counts = {name: each.shape[-2] for name, each in heads.items()}
     N = common_heads({**counts, "forget": forget.shape[-1], "weight": weight.shape[0]})
     check_state("initial_state", initial_state, (num_sequences(query, cu_seqlens), N, K, V))
-    options = scan_options(max_seqlen, gradient_clipping)
+    options = ScanOptions(max_seqlen, gradient_clipping).check()
     tensors = (query, key, value, weight, forget, initial_state)
     return M2RNN.choose(backend, *tensors)(*tensors, cu_seqlens, options)

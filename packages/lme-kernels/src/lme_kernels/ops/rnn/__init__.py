@@ -5,12 +5,12 @@ from torch import Tensor
 from lme_kernels.op import Backend, Op
 from lme_kernels.ops.rnn import reference
 from lme_kernels.ops.rnn.sequences import (
+    ScanOptions,
     check_inputs,
     check_shape,
     check_state,
     common_heads,
     num_sequences,
-    scan_options,
 )
 
 RNN = Op(
@@ -68,6 +68,6 @@ def rnn(
     check_state("initial_state", initial_state, (num_sequences(x, cu_seqlens), N, x.shape[-1]))
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f'`nonlinearity` must be "tanh" or "relu", got {nonlinearity!r}')
-    options = scan_options(max_seqlen, gradient_clipping)
+    options = ScanOptions(max_seqlen, gradient_clipping).check()
     function = RNN.choose(backend, x, weight, initial_state)
     return function(x, weight, initial_state, cu_seqlens, nonlinearity, options)

@@ -15,26 +15,20 @@ class ScanOptions(NamedTuple):
     max_seqlen: int | None
     gradient_clipping: float | None
 
+    def check(self) -> "ScanOptions":
+        """Return itself if every option is in range.
 
-def scan_options(max_seqlen: int | None, gradient_clipping: float | None) -> ScanOptions:
-    """Make options that are in range.
-
-    Args:
-        max_seqlen: Tokens of the longest sequence; `None` if it is not known.
-        gradient_clipping: Bound of the states' gradients; `None` for none.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    # Numbers, not attributes of the tuple: torch 2.9 traces only those.
-    if max_seqlen is not None and max_seqlen < 0:
-        raise ValueError(f"`max_seqlen` must be at least 0 (or `None`), got {max_seqlen}")
-    if gradient_clipping is not None and not gradient_clipping > 0:
-        raise ValueError(
-            "`gradient_clipping` must be above 0 (or `None` for no clipping), got "
-            f"{gradient_clipping}"
-        )
-    return ScanOptions(max_seqlen, gradient_clipping)
+        Raises:
+            ValueError: If one is not.
+        """
+        if self.max_seqlen is not None and self.max_seqlen < 0:
+            raise ValueError(f"`max_seqlen` must be at least 0 (or `None`), got {self.max_seqlen}")
+        if self.gradient_clipping is not None and not self.gradient_clipping > 0:
+            raise ValueError(
+                "`gradient_clipping` must be above 0 (or `None` for no clipping), got "
+                f"{self.gradient_clipping}"
+            )
+        return self
 
 
 def check_inputs(inputs: Mapping[str, Tensor], cu_seqlens: Tensor | None, dims: int = 2) -> None:
