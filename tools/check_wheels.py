@@ -46,8 +46,12 @@ def check(wheel: Path, name: str) -> None:
         environment = Path(folder) / "env"
         python = str(environment / "bin" / "python")
         run("uv", "venv", "--quiet", str(environment))
-        links = ["--find-links", str(wheel.parent)]
-        run("uv", "pip", "install", "--quiet", "--python", python, *links, str(wheel))
+        # uv keeps a sibling's wheel by its name alone, so a rebuilt one of the same version is
+        # taken from the last run unless it is asked to look again.
+        options = ["--find-links", str(wheel.parent)]
+        for sibling in SIBLINGS:
+            options += ["--refresh-package", sibling.replace("_", "-")]
+        run("uv", "pip", "install", "--quiet", "--python", python, *options, str(wheel))
         found = set(run(python, "-c", _IMPORT_ALL.format(name=name)).split()) - {name}
     if found - SIBLINGS[name]:
         sys.exit(f"{name} imports {sorted(found - SIBLINGS[name])}, which it must not know")
