@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lme_parallel.args import DistributedArgs
+from lme_parallel.axes import AppliedAxes, check_axes
 from lme_parallel.compile import apply_compile
 from lme_parallel.data import MakeMasters, place_over, place_whole
 from lme_parallel.materialize import InitialValue
@@ -17,7 +18,6 @@ from lme_parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lme_parallel.mesh import Mesh
-    from lme_parallel.tensor.setup import TensorParallel
 
 
 def parallelize(
@@ -34,7 +34,7 @@ def parallelize(
 ) -> DistributedRuntime:
     """Prepare a plain model for its devices and return what runs it.
 
-    The order is: tensor parallelism, recomputation, compilation, placement over the data-parallel
+    The order is: axes that change the model, recomputation, compilation, placement over the data-parallel
     processes, memory and first values, lower-precision copies. With several processes a process
     group must exist,
     and every process calls this at the same time.
@@ -62,27 +62,18 @@ def parallelize(
     if dtype == torch.float16 and scaler is None:
         raise ValueError("`dtype` torch.float16 needs a `scaler`, or small gradients vanish")
     blocks = _blocks(model)
-    mesh: Mesh | None = None
-    tensor: TensorParallel | None = None
-    if topology.tensor > 1:
-        from lme_parallel.tensor.setup import (  # noqa: PLC0415 (for several processes)
-            apply_tensor_parallel,
-            check_tensor_parallel,
-        )
-
-        plan = check_tensor_parallel(model, topology, args, device)
-        mesh = _make_mesh(topology, device)
-        tensor = apply_tensor_parallel(model, plan, mesh, args, backend=compile_backend)
-        initial_value = tensor.values(initial_value)
+    appliers = check_axes(model, topology, args, device=device, compile_backend=compile_backend)
+    mesh = _make_mesh(topology, device)
+    axes = AppliedAxes([apply(mesh) for apply in appliers] if mesh is not None else [])
+    initial_value = axes.values(initial_value)
     apply_recompute(blocks, args)
     if args.torch_compile:
         apply_compile(blocks.values(), backend=compile_backend)
-    if topology.is_single:
+    if mesh is None:
         placement: Placement = place_whole(
             model, device=device, dtype=dtype, initial_value=initial_value, masters=masters
         )
         return DistributedRuntime(model, placement, device=device, scaler=scaler)
-    mesh = mesh or _make_mesh(topology, device)
     placement = place_over(
         mesh,
         model,
@@ -93,15 +84,19 @@ def parallelize(
         initial_value=initial_value,
         masters=masters,
     )
-    prepare = None
-    if tensor is not None:
-        placement, prepare = tensor.place(placement), tensor.prepare
     return DistributedRuntime(
-        model, placement, device=device, mesh=mesh, scaler=scaler, prepare=prepare
+        model,
+        axes.place(placement),
+        device=device,
+        mesh=mesh,
+        scaler=scaler,
+        prepare=axes.prepare,
     )
 
 
-def _make_mesh(topology: Topology, device: torch.device) -> "Mesh":
+def _make_mesh(topology: Topology, device: torch.device) -> "Mesh | None":
+    if topology.is_single:
+        return None
     from lme_parallel.mesh import Mesh  # noqa: PLC0415 (slow to load; for several processes)
 
     return Mesh.of(topology, device)
