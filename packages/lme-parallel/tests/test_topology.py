@@ -26,7 +26,9 @@ def layouts(draw):
         pipeline_parallel_schedule="1F1B" if stages > 1 else None,
         context_parallel_world_size=context,
         expert_parallel_world_size=draw(
-            st.sampled_from([n for n in range(1, inner + 1) if not inner % n])
+            st.sampled_from(
+                [n for n in range(1, inner + 1) if not inner % n and not (shard % n and n % shard)]
+            )
         ),
         zero_topology=ZeroTopologyArgs(
             data_parallel_replication_world_size=inner // shard,
@@ -36,23 +38,26 @@ def layouts(draw):
     return args, tensor * pipeline * inner
 
 
+def coordinates(topology, *axes):
+    return tuple(topology.coordinates[each] for each in axes)
+
+
 @given(layouts())
 def test_every_rank_has_one_place_and_every_place_one_rank(layout):
     args, world = layout
     ranks = [Topology.from_args(args, world, rank) for rank in range(world)]
-    dense = [
-        tuple(each.coordinates[a] for a in ("pipeline", "replicate", "shard", "tensor"))
-        for each in ranks
-    ]
-    sparse = [
-        tuple(each.coordinates[a] for a in ("pipeline", "data", "context", "tensor"))
-        for each in ranks
-    ]
+    dense = [coordinates(each, "pipeline", "replicate", "shard", "tensor") for each in ranks]
+    sparse = [coordinates(each, "pipeline", "data", "context", "tensor") for each in ranks]
     assert len(set(dense)) == len(set(sparse)) == world
+    # Those that have the same experts share and copy them.
+    experts = [coordinates(each, "pipeline", "expert", "tensor") for each in ranks]
+    first = ranks[0]
+    assert {experts.count(each) for each in experts} == {
+        first.expert_replicate * first.expert_shard
+    }
     # Slowest axis first, so that neighbours share a tensor group.
     assert dense == sorted(dense)
     assert sparse == sorted(sparse)
-    first = ranks[0]
     assert first.pipeline * first.replicate * first.shard * first.tensor == world
     assert first.data_world_size * first.context == first.replicate * first.shard
     assert all(each.describe() == first.describe() for each in ranks)
@@ -133,6 +138,16 @@ def test_by_default_all_ranks_share_one_copy_and_stage_0_replicates():
             r"`data_parallel_replication_world_size` \(8\) times.*ranks, 1; change them or leave",
         ),
         ({"expert_parallel_world_size": 3}, 4, "`expert_parallel_world_size` must divide the 4"),
+        (
+            {
+                "expert_parallel_world_size": 3,
+                "zero_topology": ZeroTopologyArgs(
+                    data_parallel_replication_world_size=3, data_parallel_sharding_world_size=2
+                ),
+            },
+            6,
+            r"`expert_parallel_world_size` \(3\) must divide `data_parallel_sharding",
+        ),
         ({"fsdp_algorithm": None}, 2, "`fsdp_algorithm: null` shards nothing, but `stage: 3`"),
     ],
 )

@@ -134,6 +134,7 @@ class DistributedArgs:
             raise ValueError(f"`watchdog_seconds` must be at least 0, got {self.watchdog_seconds}")
         self._check_data_parallel()
         self._check_tensor_parallel()
+        self._check_expert_parallel()
         self._check_pipeline()
 
     def watchdog_limit(self) -> float | None:
@@ -166,6 +167,14 @@ class DistributedArgs:
             )
         if self.use_async_tensor_parallel and not self.sequence_parallel:
             raise ValueError("`use_async_tensor_parallel: true` needs `sequence_parallel: true`")
+
+    def _check_expert_parallel(self) -> None:
+        size = self.expert_parallel_world_size
+        if size > 1 and self.fsdp_algorithm == 1:
+            raise ValueError(
+                f"`expert_parallel_world_size: {size}` does not work with `fsdp_algorithm: 1`;"
+                " use `fsdp_algorithm: 2`"
+            )
 
     def _check_pipeline(self) -> None:
         ranks, stages = self.pipeline_parallel_world_size, self.num_pipeline_stages

@@ -13,6 +13,9 @@ from lme_parallel.materialize import InitialValue, materialize
 from lme_parallel.placement import Masters, Placement, WholeParameters
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from lme_parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ def place_over(
             model,
             make_masters(model, dtype, masters),
             mesh.data,
+            groups=_expert_groups(mesh, model),
             communication_dtype=communication,
             overlap=not args.gradient_checkpointing_args.use_reentrant,
         )
@@ -113,7 +117,8 @@ def place_over(
         shard_model,
     )
 
-    shard_model(model, blocks.values(), mesh.sharding, **options)
+    apart = _expert_meshes(mesh, model)
+    shard_model(model, blocks.values(), mesh.sharding, apart=apart, **options)
     materialize(
         model,
         device,
@@ -122,6 +127,24 @@ def place_over(
     )
     adopt_values(model)
     return ShardedParameters(model, stage=args.stage, sync_every_step=syncs_every_step(args))
+
+
+def _expert_groups(mesh: "Mesh", model: nn.Module) -> dict[str, "ProcessGroup"]:
+    """Return over which processes the gradients of experts are summed, by parameter."""
+    if mesh.experts is None:
+        return {}
+    from lme_parallel.expert.plan import expert_parameters  # noqa: PLC0415 (for the axis in use)
+
+    return dict.fromkeys(expert_parameters(model), mesh.experts.get_group("expert_replicate"))
+
+
+def _expert_meshes(mesh: "Mesh", model: nn.Module) -> list[tuple[nn.Module, "DeviceMesh"]]:
+    """Return over which processes experts are cut, by module."""
+    if mesh.experts is None:
+        return []
+    from lme_parallel.expert.plan import expert_modules  # noqa: PLC0415 (for the axis in use)
+
+    return [(module, mesh.expert_sharding) for _, module in expert_modules(model)]
 
 
 def syncs_every_step(args: DistributedArgs) -> bool:

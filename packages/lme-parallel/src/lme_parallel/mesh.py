@@ -21,6 +21,9 @@ class Mesh:
     """All processes; axes of size 1 are there too."""
     data: ProcessGroup
     """Those with other rows, or other parts of them: over `replicate` and `shard`."""
+    experts: DeviceMesh | None = None
+    """All processes by `pipeline`, `expert_replicate`, `expert_shard`, `expert`, `tensor`, where
+    experts are divided."""
 
     @classmethod
     def of(cls, topology: Topology, device: torch.device) -> "Mesh":
@@ -40,8 +43,9 @@ class Mesh:
             world = distributed.group.WORLD
             if world is None:
                 raise RuntimeError("a mesh needs a process group; start one first")
-            return cls(root, world)
-        return cls(root, root["replicate", "shard"]._flatten("data").get_group())
+            return cls(root, world, _expert_mesh(topology, device))
+        data = root["replicate", "shard"]._flatten("data").get_group()
+        return cls(root, data, _expert_mesh(topology, device))
 
     @property
     def sharding(self) -> DeviceMesh:
@@ -49,6 +53,24 @@ class Mesh:
         if self.root.size(1) == 1:
             return self.root["shard"]
         return self.root["replicate", "shard"]
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """`experts`, where they are divided.
+
+        Raises:
+            RuntimeError: If they are not.
+        """
+        if self.experts is None:
+            raise RuntimeError("a mesh has groups for experts where they are divided only")
+        return self.experts
+
+    @property
+    def expert_sharding(self) -> DeviceMesh:
+        """As `sharding`, of the experts of this process."""
+        if self.root["replicate"].size() == 1:
+            return self.expert_mesh["expert_shard"]
+        return self.expert_mesh["expert_replicate", "expert_shard"]
 
     def reduce(self, tensor: Tensor, op: str) -> Tensor:
         """Combine a tensor over processes: `sum` over those with other rows, `max` over all.
@@ -88,3 +110,16 @@ class Mesh:
             total.view(each.shape).to(each.dtype)
             for total, each in zip(totals, tensors, strict=True)
         ]
+
+
+def _expert_mesh(topology: Topology, device: torch.device) -> DeviceMesh | None:
+    if topology.expert == 1:
+        return None
+    sizes = {
+        "pipeline": topology.pipeline,
+        "expert_replicate": topology.expert_replicate,
+        "expert_shard": topology.expert_shard,
+        "expert": topology.expert,
+        "tensor": topology.tensor,
+    }
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

@@ -106,7 +106,6 @@ def _check_supported(topology: Topology) -> None:
     axes = {
         "pipeline_parallel_world_size": topology.pipeline,
         "context_parallel_world_size": topology.context,
-        "expert_parallel_world_size": topology.expert,
     }
     for name, size in axes.items():
         if size > 1:

@@ -26,6 +26,8 @@ class Bucket:
     views: Mapping[str, Tensor]
     """Gradient of each, inside `flat`."""
     flat: Tensor
+    group: ProcessGroup
+    """The processes over which they are summed."""
     missing: set[str] = field(default_factory=set)
     """Those whose gradient of the last micro step is not there yet."""
     is_sent: bool = False
@@ -38,6 +40,7 @@ class ReplicatedParameters:
         model: With values, the same in each process.
         masters: fp32 parameters, where the model's own are lower.
         group: The processes.
+        groups: Those that share a parameter, by name, where they are others.
         communication_dtype: Of the messages; `None`: that of the parameters that are updated.
         overlap: Whether sums start while the backward pass still runs; it needs each parameter's
             gradient to become ready once a pass.
@@ -49,21 +52,24 @@ class ReplicatedParameters:
         masters: Masters | None,
         group: ProcessGroup,
         *,
+        groups: Mapping[str, ProcessGroup],
         communication_dtype: torch.dtype | None,
         overlap: bool,
     ) -> None:
         self._model = model
         self._masters = masters
-        self._group = group
         self._communication_dtype = communication_dtype
         self._overlap = overlap
-        self._is_first = distributed.get_rank(group) == 0
         own = dict(model.named_parameters())
+        of_each = {name: groups.get(name, group) for name in own}
+        self._firsts = {name: distributed.get_rank(each) == 0 for name, each in of_each.items()}
         self._parameters = own if masters is None else dict(masters.named_parameters())
         trained = [name for name, each in own.items() if each.requires_grad]
         self._bucket_of = {}
         # The last parameters' gradients are ready first.
-        self._buckets = _make_buckets({name: self._parameters[name] for name in reversed(trained)})
+        self._buckets = _make_buckets(
+            {name: self._parameters[name] for name in reversed(trained)}, of_each
+        )
         for bucket in self._buckets:
             self._bucket_of.update(dict.fromkeys(bucket.names, bucket))
         self._is_last = True
@@ -80,9 +86,9 @@ class ReplicatedParameters:
         return saved_buffers(self._model)
 
     def shards(self) -> Mapping[str, Shard]:
-        """Return that all is here, and that the first process speaks for it."""
+        """Return that all is here, and that the first process that has it speaks for it."""
         return {
-            name: whole(each.shape, is_owner=self._is_first)
+            name: whole(each.shape, is_owner=self._firsts[name])
             for name, each in self._parameters.items()
         }
 
@@ -151,7 +157,7 @@ class ReplicatedParameters:
         message = bucket.flat
         if self._communication_dtype is not None:
             message = message.to(self._communication_dtype)
-        work = distributed.all_reduce(message, group=self._group, async_op=True)
+        work = distributed.all_reduce(message, group=bucket.group, async_op=True)
         if work is None:
             raise RuntimeError("this process is not part of the group that sums its gradients")
         self._sums.append((bucket, message, work))
@@ -168,20 +174,27 @@ class _Collect:
         self.owner.collect(self.name, parameter)
 
 
-def _make_buckets(parameters: Mapping[str, nn.Parameter]) -> list[Bucket]:
-    """Group parameters of one dtype and device, in order, into buckets of about 25 MiB."""
-    groups: list[list[str]] = []
-    size, kind = 0, None
+def _make_buckets(
+    parameters: Mapping[str, nn.Parameter], group_of: Mapping[str, ProcessGroup]
+) -> list[Bucket]:
+    """Group parameters of one dtype, device and group, in order, into buckets of about 25 MiB."""
+    names: list[list[str]] = []
+    # The bucket of a kind that is not full, and its bytes.
+    last: dict[tuple[object, ...], tuple[list[str], int]] = {}
     for name, each in parameters.items():
-        if kind != (each.dtype, each.device) or size >= BUCKET_BYTES:
-            groups.append([])
-            size, kind = 0, (each.dtype, each.device)
-        groups[-1].append(name)
-        size += each.numel() * each.element_size()
-    return [_make_bucket({name: parameters[name] for name in names}) for names in groups]
+        kind = (each.dtype, each.device, group_of[name].group_name)
+        members, size = last.get(kind, ([], BUCKET_BYTES))
+        if size >= BUCKET_BYTES:
+            members, size = [], 0
+            names.append(members)
+        members.append(name)
+        last[kind] = (members, size + each.numel() * each.element_size())
+    return [
+        _make_bucket({name: parameters[name] for name in each}, group_of[each[0]]) for each in names
+    ]
 
 
-def _make_bucket(parameters: Mapping[str, nn.Parameter]) -> Bucket:
+def _make_bucket(parameters: Mapping[str, nn.Parameter], group: ProcessGroup) -> Bucket:
     first = next(iter(parameters.values()))
     sizes: Sequence[int] = [each.numel() for each in parameters.values()]
     flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
@@ -189,4 +202,4 @@ def _make_bucket(parameters: Mapping[str, nn.Parameter]) -> Bucket:
         name: part.view(each.shape)
         for (name, each), part in zip(parameters.items(), flat.split(list(sizes)), strict=True)
     }
-    return Bucket(tuple(parameters), views, flat)
+    return Bucket(tuple(parameters), views, flat, group)

@@ -1,6 +1,6 @@
 """`fully_shard`: ZeRO stages 0 to 3, hybrid sharding, mixed precision, parameters on the host."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ def shard_model(
     blocks: Iterable[nn.Module],
     mesh: DeviceMesh,
     *,
+    apart: Sequence[tuple[nn.Module, DeviceMesh]] = (),
     stage: int,
     compute_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype | None,
@@ -35,31 +36,38 @@ def shard_model(
         model: Usually on meta.
         blocks: Each is gathered, and its gradients are reduced, as one.
         mesh: One axis that cuts, or one that copies and one that cuts.
+        apart: Modules inside the blocks that are gathered by themselves, over meshes of their own.
         stage: ZeRO stage; 3 frees a block's whole parameters after its forward pass.
         compute_dtype: Of whole parameters; `None`: that of the shards.
         reduce_dtype: In which gradients are summed; `None`: that of whole parameters.
         offload: Keep shards in host memory.
     """
-    size = mesh.size(mesh.ndim - 1)
-
-    def place(parameter: nn.Parameter) -> ShardPlacement:
-        return ShardPlacement(shard_dim(parameter.shape, size))
-
     policy: OffloadPolicy = OffloadPolicy()
     if offload:
         policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     options = {
-        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
         ),
         "offload_policy": policy,
-        "shard_placement_fn": place,
     }
+
+    def shard(module: nn.Module, over: DeviceMesh, *, frees: bool) -> None:
+        size = over.size(over.ndim - 1)
+
+        def place(parameter: nn.Parameter) -> ShardPlacement:
+            return ShardPlacement(shard_dim(parameter.shape, size))
+
+        fully_shard(
+            module, mesh=over, reshard_after_forward=frees, shard_placement_fn=place, **options
+        )
+
+    for module, over in apart:
+        shard(module, over, frees=stage == 3)
     for block in blocks:
-        fully_shard(block, reshard_after_forward=stage == 3, **options)
+        shard(block, mesh, frees=stage == 3)
     # What is left is used first in the backward pass, so it stays whole until then.
-    fully_shard(model, reshard_after_forward=False, **options)
+    shard(model, mesh, frees=False)
     for module in _units(model):
         # Losses are divided by global counts, so gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,15 +90,124 @@ class MLP(nn.Module):
         return self.down(F.silu(gate) * up), loss
 
 
+class ExpertLinear(nn.Module):
+    """The linear layers of all experts, with biases."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(experts, outputs))
+
+
+class Experts(nn.Module):
+    """Gated MLPs side by side."""
+
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "gate_up": "expert_column",
+        "down": "expert_row",
+    }
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate_up = ExpertLinear(experts, HIDDEN, 2 * INTERMEDIATE)
+        self.down = ExpertLinear(experts, INTERMEDIATE, HIDDEN)
+        self.fused_name = "tiny"
+        self.fused = all_experts
+
+    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Add up the outputs of the experts (T, k) of tokens (T, H)."""
+        first, second = self.gate_up, self.down
+        return self.fused(
+            x,
+            weights,
+            indices,
+            first.weight,
+            first.bias,
+            second.weight,
+            down_bias=second.bias,
+        )
+
+
+def all_experts(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    down: Tensor,
+    *,
+    down_bias: Tensor,
+) -> Tensor:
+    """Send every token through every expert, and add up those that were chosen."""
+    total = torch.zeros_like(wide(x))
+    for number in range(up.shape[0]):
+        gate, value = F.linear(x, up[number], up_bias[number]).unflatten(-1, (-1, 2)).unbind(-1)
+        y = F.linear(F.silu(gate) * value, down[number], down_bias[number])
+        share = torch.where(indices == number, weights, 0.0).sum(-1, keepdim=True)
+        total = total + share * y
+    return total.to(x.dtype)
+
+
+class MoE(nn.Module):
+    """Experts of which each token has two, and an auxiliary loss per sequence.
+
+    Args:
+        experts: How many there are.
+        busy: How many of them, from the first, get tokens.
+    """
+
+    shard_plan: ClassVar[Mapping[str, str] | None] = {}
+
+    def __init__(self, experts: int, busy: int) -> None:
+        super().__init__()
+        self.busy = busy
+        self.router = nn.Linear(HIDDEN, experts, bias=False)
+        self.experts = Experts(experts)
+        self.dispatch = keep
+        self.combine = give
+
+    def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Map (B, S, H) to (B, S, H) and the auxiliary loss, summed over sequences."""
+        logits = wide(self.router(x))
+        is_closed = torch.arange(logits.shape[-1], device=x.device) >= self.busy
+        shares = logits.masked_fill(is_closed, -1e4).softmax(-1)
+        weights, indices = shares.topk(2, -1)
+        sent = self.dispatch(x.flatten(0, 1), weights.flatten(0, 1), indices.flatten(0, 1))
+        y = self.combine(self.experts(sent.x, sent.weights, sent.indices), sent.receipt)
+        valid = batch.get("valid", torch.ones_like(batch["input_ids"])).unsqueeze(-1)
+        counts = (F.one_hot(indices, logits.shape[-1]).sum(2) * valid).sum(1)
+        means = (shares * valid).sum(1) / valid.sum(1)
+        return y.view_as(x), (counts * means / valid.sum(1)).sum()
+
+
+class Sent(NamedTuple):
+    """Tokens where their experts are."""
+
+    x: Tensor
+    weights: Tensor
+    indices: Tensor
+    receipt: Any
+
+
+def keep(x: Tensor, weights: Tensor, indices: Tensor) -> Sent:
+    """Leave tokens where they are."""
+    return Sent(x, weights, indices, None)
+
+
+def give(y: Tensor, receipt: Any) -> Tensor:
+    """Leave results where they are."""
+    return y
+
+
 class Block(nn.Module):
     """Attention and MLP."""
 
-    def __init__(self, index: int, dropout: float) -> None:
+    def __init__(self, index: int, dropout: float, experts: int, busy_experts: int | None) -> None:
         super().__init__()
         self.mixer_norm = nn.LayerNorm(HIDDEN)
         self.sequence_mixer = Attention(index, dropout)
         self.mlp_norm = nn.LayerNorm(HIDDEN)
-        self.mlp = MLP()
+        self.mlp = MoE(experts, busy_experts or experts) if experts else MLP()
         self.register_buffer("seen", torch.zeros(3))
 
     def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -122,11 +231,19 @@ class TinyModel(nn.Module):
     shard_plan: ClassVar[Mapping[str, str] | None] = {"embedding": "vocab", "lm_head": "vocab"}
 
     def __init__(
-        self, *, dropout: float = 0.0, is_tied: bool = False, layers: int = LAYERS
+        self,
+        *,
+        dropout: float = 0.0,
+        is_tied: bool = False,
+        layers: int = LAYERS,
+        experts: int = 0,
+        busy_experts: int | None = None,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleDict({str(i): Block(i, dropout) for i in range(layers)})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(i, dropout, experts, busy_experts) for i in range(layers)}
+        )
         self.final_norm = nn.LayerNorm(HIDDEN)
         self.lm_head = None if is_tied else nn.Linear(HIDDEN, VOCABULARY, bias=False)
         self.linear_nll = linear_nll

@@ -63,6 +63,12 @@ class Topology:
                 f"`expert_parallel_world_size` must divide the {inner} data-parallel ranks,"
                 f" got {expert}"
             )
+        if shard % expert and expert % shard:
+            raise ValueError(
+                f"`expert_parallel_world_size` ({expert}) must divide"
+                f" `data_parallel_sharding_world_size` ({shard}) or be a multiple of it; change one"
+                " of them"
+            )
         if args.fsdp_algorithm is None and args.stage > 0 and inner > 1:
             raise ValueError(
                 f"`fsdp_algorithm: null` shards nothing, but `stage: {args.stage}` on {inner}"
@@ -94,6 +100,16 @@ class Topology:
     def data_rank(self) -> int:
         """Which rows this process reads, from 0 to `data_world_size - 1`."""
         return self._inner_rank // self.context
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share one copy of the same experts."""
+        return max(1, self.shard // self.expert)
+
+    @property
+    def expert_replicate(self) -> int:
+        """Copies of the sharded parameters of the same experts."""
+        return self.replicate * self.shard // (self.expert * self.expert_shard)
 
     @property
     def coordinates(self) -> Mapping[str, int]:
