@@ -53,6 +53,7 @@ BACKENDS: tuple[str, ...] = (
     "cudnn",
     "flash",
     "efficient",
+    "flash_varlen",
     "flex",
     "flash_attention_2",
     "flash_attention_3",

@@ -16,6 +16,7 @@ SERVED_DEVICES: dict[str, frozenset[str]] = {
     "cuda": frozenset({"cuda"}),
     "pallas": frozenset({"xla"}),
     "nki": frozenset({"xla"}),
+    "flash_varlen": frozenset({"cuda"}),
     "flex": frozenset({"cuda"}),
     "cudnn": frozenset({"cuda"}),
     "flash": frozenset({"cuda"}),

@@ -11,6 +11,7 @@ ATTENTION = Op(
     reference=reference.attention,
     implementations={
         "sdpa": "lme_kernels.ops.attention._sdpa",
+        "flash_varlen": "lme_kernels.ops.attention._flash_varlen",
         "flex": "lme_kernels.ops.attention._flex",
         "cudnn": "lme_kernels.ops.attention._cudnn",
         "flash": "lme_kernels.ops.attention._flash",
@@ -67,7 +68,7 @@ def attention(
             (N,).
         deterministic: Whether the backward must give the same bits each time.
         backend: Implementation to run: "torch" (explicit softmax), "sdpa", "cudnn", "flash",
-            "efficient", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4";
+            "efficient", "flash_varlen", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4";
             `None` takes the fastest one proven for the call.
 
     Returns:
