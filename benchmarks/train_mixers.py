@@ -1,8 +1,8 @@
 """Fifty bf16 steps of the 400M model of each mixer: tokens per second, peak memory, loss.
 
 `python benchmarks/train_mixers.py` trains every model of configs/research/m2rnn/400m that has one
-mixer, on a language whose next token mostly follows from the one before; one Markdown row each.
-`--configs` takes other run files.
+mixer, and that of softmax attention with each further mixer in its place, on a language whose next
+token mostly follows from the one before; one Markdown row each. `--models` chooses.
 """
 
 import argparse
@@ -26,8 +26,42 @@ from lme_parallel.args import DistributedArgs
 from lme_parallel.parallelize import parallelize
 from lme_parallel.topology import Topology
 
-ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parents[1] / "configs" / "research" / "m2rnn" / "400m"
 MIXERS = ("softmax-attention", "mamba2", "gated-deltanet", "gru", "rnn", "m2rnn")
+# Mixers without a run file of their own, in the place of softmax attention.
+FURTHER = {
+    "linear-attention": {
+        "sequence_mixer_type": "linear_attention",
+        "k_head_dim": 128,
+        "v_head_dim": 128,
+        "num_q_heads": 8,
+        "num_k_heads": 8,
+        "num_v_heads": 8,
+        "num_g_heads": 8,
+    },
+    "causal-convolution": {
+        "sequence_mixer_type": "causal_convolution",
+        "in_channels": 2048,
+        "out_channels": 2048,
+        "kernel_size": 4,
+        "num_groups": 2048,
+    },
+    "latent-attention": {
+        "sequence_mixer_type": "multihead_latent_attention",
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "rope_head_dim": 32,
+        "query_compression_size": 768,
+        "key_value_compression_size": 512,
+        "normalization_function": "rmsnorm",
+    },
+    "lstm": {
+        "sequence_mixer_type": "lstm",
+        "state_head_dim": 64,
+        "num_input_heads": 16,
+        "num_weight_heads": 16,
+    },
+}
 WORDS = 2000
 
 
@@ -49,10 +83,19 @@ def language(options, device):
         yield {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
 
-def train(path, options, prepared):
+def model_config(name):
+    """Return the configuration of a 400M model."""
+    path = FOLDER / f"{'softmax-attention' if name in FURTHER else name}.yml"
+    values = yaml.safe_load(path.read_text())["model_args"]["pretrained_config"]
+    if name in FURTHER:
+        values["sequence_mixer_blocks"] = [FURTHER[name]]
+    return from_dict(values)
+
+
+def train(name, options, prepared):
     """Train one model on batches; return its Markdown row."""
     device = torch.device(options.device)
-    config = from_dict(yaml.safe_load(path.read_text())["model_args"]["pretrained_config"])
+    config = model_config(name)
     kernels = KernelPolicy.from_args(KernelArgs(kernels=options.kernels))
     with torch.device("meta"):
         model = config.build(kernels)
@@ -80,14 +123,14 @@ def train(path, options, prepared):
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[5:])
     tokens = options.micro_batch * options.sequence
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = device_peak_flops(name, torch.bfloat16)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = device_peak_flops(hardware, torch.bfloat16)
     flops = flops_per_token(config, options.sequence) * tokens / median
     mfu = "" if peak is None else f"{100 * flops / peak:.1f} %"
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
     total = count_parameters(config).total
     return (
-        f"| {path.stem} | {total / 1e6:.0f} M | {tokens / median:,.0f} | {1e3 * median:.1f} | {mfu} "
+        f"| {name} | {total / 1e6:.0f} M | {tokens / median:,.0f} | {1e3 * median:.1f} | {mfu} "
         f"| {memory:.2f} | {seconds[0]:.1f} | {losses[0]:.2f} | {statistics.mean(losses[-5:]):.2f} |"
     )
 
@@ -95,10 +138,7 @@ def train(path, options, prepared):
 def main():
     """Train the models one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
-    folder = ROOT / "configs" / "research" / "m2rnn" / "400m"
-    parser.add_argument(
-        "--configs", nargs="*", type=Path, default=[folder / f"{each}.yml" for each in MIXERS]
-    )
+    parser.add_argument("--models", nargs="*", default=[*MIXERS, *FURTHER])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kernels", nargs="*", help="as `kernel_args.kernels`; absent: automatic")
     parser.add_argument("--compile", action="store_true")
@@ -116,11 +156,11 @@ def main():
         {name: each.to(options.device) for name, each in next(batches).items()}
         for _ in range(options.steps)
     ]
-    for path in options.configs:
+    for name in options.models:
         try:
-            print(train(path, options, prepared), flush=True)
+            print(train(name, options, prepared), flush=True)
         except RuntimeError as error:
-            print(f"| {path.stem} | failed: {str(error)[:200]} | | | | | | | |", flush=True)
+            print(f"| {name} | failed: {str(error)[:200]} | | | | | | | |", flush=True)
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
