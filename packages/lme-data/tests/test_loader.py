@@ -233,3 +233,19 @@ def test_evaluation_can_be_left_early(num_workers):
         assert places(batch) == [0]
         break
     assert places(next(iter(each))) == [0]
+
+
+def test_an_order_with_a_period_begins_again_and_resumes_there():
+    each = loader(period=24)
+    taken = [places(next(each)) for _ in range(12)]
+    assert [n for batch in taken for n in batch] == list(range(24))
+    # At its end it says so; behind it the place is that of the next pass, the position goes on.
+    assert (each.position, each.state_dict()["cursors"]) == (24, {"n": 24})
+    for number in range(16):
+        batch = next(each)
+        assert places(batch) == [number * 2 % 24, number * 2 % 24 + 1]
+    state = json.loads(json.dumps(each.state_dict()))
+    assert (state["position"], state["cursors"]) == (56, {"n": 8})
+    second = loader(period=24)
+    second.load_state_dict(state)
+    assert places(next(second)) == places(next(each)) == [8, 9]

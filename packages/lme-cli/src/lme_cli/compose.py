@@ -32,6 +32,7 @@ from lme_core.training.hooks import (
 from lme_core.training.objectives import Objective, build_objective
 from lme_core.training.optimizers import build_optimizer
 from lme_core.training.precision import LossScaler, MasterWeights, set_tf32
+from lme_core.training.rewinding import Rewinder
 from lme_core.training.runtime import Runtime
 from lme_core.training.schedules import build_schedule
 from lme_core.training.throughput import Throughput
@@ -132,12 +133,16 @@ def compose(
         device_peak_flops=peak_flops(plan.device, run.mixed_precision_args.torch_dtype),
         cost_per_accelerator_per_hour=run.logging_args.cost_per_accelerator_per_hour,
     )
+    parameters = run.training_parameters
+    rewinds = parameters.bad_step_policy == "rewind"
     guard = StepGuard(
-        policy=run.training_parameters.bad_step_policy,
-        spike_sigmas=run.training_parameters.spike_sigmas,
+        policy=parameters.bad_step_policy,
+        spike_sigmas=parameters.spike_sigmas,
         record_path=plan.save_path / f"bad-steps-rank{plan.launch.rank}.jsonl",
         device=plan.device,
         scales_loss=run.mixed_precision_args.torch_dtype == torch.float16,
+        max_rewinds=parameters.max_rewinds,
+        reduce=lambda flags: runtime.reduce(flags, "max"),
     )
     checkpointer = Checkpointer(
         run.save_args,
@@ -150,8 +155,8 @@ def compose(
             "trackers": followers,
             "runtime": runtime,
             "throughput": throughput,
-            # Only spikes depend on steps before.
-            **({} if run.training_parameters.spike_sigmas is None else {"guard": guard}),
+            # Only spikes and a number of rewinds depend on steps before.
+            **({"guard": guard} if rewinds or parameters.spike_sigmas is not None else {}),
         },
         documents={
             "config.json": to_dict(plan.model_config),
@@ -167,8 +172,20 @@ def compose(
     if plan.is_first:
         _write_run_files(plan, run_file)
     followers.start(state.step)
+    rewinder = None
+    if rewinds:
+        # What a bad step before the first save goes back to; nothing where a save was restored.
+        checkpointer.save(state)
+        kept = ("loader", "trackers", "throughput")
+        rewinder = Rewinder(checkpointer, batches, followers, guard, keep=kept, mark=mark)
     evaluation = _build_evaluation(plan, runtime, objective, followers, loaders, tokenizer)
-    hooks = _build_hooks(plan, runtime, followers, throughput, guard, evaluation, checkpointer)
+    looks = GuardHook(
+        guard,
+        interval=run.logging_args.log_interval,
+        save_interval=run.save_args.save_interval,
+        rewinder=rewinder,
+    )
+    hooks = _build_hooks(plan, runtime, followers, throughput, looks, evaluation, checkpointer)
     trainer = Trainer(
         runtime,
         objective,
@@ -271,7 +288,7 @@ def _build_hooks(
     runtime: Runtime,
     trackers: Trackers,
     throughput: Throughput,
-    guard: StepGuard,
+    looks: GuardHook,
     evaluation: EvaluateHook | None,
     checkpointer: Checkpointer,
 ) -> list[Hook]:
@@ -284,7 +301,7 @@ def _build_hooks(
     hooks: list[Hook] = [
         stop,
         LogHook(runtime, trackers, throughput, interval=run.logging_args.log_interval),
-        GuardHook(guard, interval=run.logging_args.log_interval),
+        looks,
     ]
     if evaluation is not None:
         hooks.append(evaluation)

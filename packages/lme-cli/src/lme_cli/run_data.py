@@ -33,6 +33,8 @@ def open_data(plan: Plan, tokenizer: TextTokenizer | None) -> Loaders:
         ignore_sampling_proportion_for_validation=(
             parameters.ignore_sampling_proportion_for_validation
         ),
+        # A run that goes back leaves out data, and needs others in their place.
+        is_endless=parameters.bad_step_policy == "rewind",
     )
 
 

@@ -22,7 +22,12 @@ def make(path, **changes):
 
 def judge(guard, step, loss, norm=1.0):
     decided = guard.judge(
-        step, torch.tensor(loss), torch.tensor(norm), BATCH, {"position": 10 * step}
+        step,
+        torch.tensor(loss),
+        torch.tensor(norm),
+        BATCH,
+        {"position": 10 * step},
+        {"position": 10 * step + 10},
     )
     return float(decided)
 
@@ -86,3 +91,51 @@ def test_spikes_are_judged_by_accepted_losses_alone_and_after_a_resume_alike(tmp
 def test_early_losses_are_no_spikes(tmp_path):
     guard = make(tmp_path, spike_sigmas=1.0)
     assert all(judge(guard, step, float(step)) == 1.0 for step in range(1, 20))
+
+
+def test_rewind_asks_for_the_data_behind_the_last_bad_step(tmp_path):
+    guard = make(tmp_path, policy="rewind")
+    for step, loss in enumerate((2.0, math.nan, 2.0, math.inf, 2.0), start=1):
+        judge(guard, step, loss)
+    assert guard.report() == {"position": 50}
+    guard.record_rewind(5, 1, {"position": 50})
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows[:-1]] == [2, 4]
+    assert rows[-1] == {
+        "rewound_from": 5, "rewound_to": 1, "rewinds": 1, "data_position": {"position": 50}
+    }  # fmt: skip
+    judge(guard, 2, 2.0)
+    assert guard.report() is None
+
+
+def test_rewinds_are_counted_through_restores_and_resumes_and_end(tmp_path):
+    guard = make(tmp_path, policy="rewind", max_rewinds=2)
+    saved = guard.state_dict()
+    judge(guard, 1, math.nan)
+    assert guard.report() is not None
+    # Going back restores what was saved before; the count stays.
+    guard.load_state_dict(saved)
+    second = make(tmp_path, policy="rewind", max_rewinds=2)
+    second.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    judge(second, 1, math.nan)
+    assert second.report() is not None
+    judge(second, 1, math.nan)
+    with pytest.raises(
+        BadStepError, match=r"step 1 .*`training_parameters\.max_rewinds` 2 times.*bad\.jsonl"
+    ):
+        second.report()
+
+
+def test_a_replica_goes_back_if_any_other_saw_a_bad_step(tmp_path):
+    seen = []
+
+    def reduce(flags):
+        seen.append(flags.tolist())
+        return torch.tensor([0.0, 1.0])
+
+    guard = make(tmp_path, policy="rewind", reduce=reduce)
+    judge(guard, 1, 2.0)
+    judge(guard, 2, 2.0)
+    assert guard.report() == {"position": 30}
+    # One message a look, not a step.
+    assert seen == [[0.0, 0.0]]

@@ -97,6 +97,22 @@ def test_a_hook_ends_the_run_and_later_hooks_still_see_the_step(build):
     assert (first.closed, second.closed) == (True, True)
 
 
+def test_hooks_after_one_that_went_back_do_not_see_the_undone_step(build):
+    undone = []
+
+    def go_back(state):
+        if state.step == 4 and not undone:
+            undone.append(state.step)
+            state.step = 2
+
+    first, second = Noting(go_back), Noting()
+    state = TrainState()
+    build([first, second]).fit(state)
+    assert [step for step, _, _ in first.calls] == [1, 2, 3, 4, 3, 4]
+    assert [step for step, _, _ in second.calls] == [1, 2, 3, 3, 4]
+    assert state.step == 4
+
+
 def test_hooks_are_closed_when_one_fails(build):
     def fail(state):
         raise OSError("disk full")

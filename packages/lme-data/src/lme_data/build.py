@@ -58,6 +58,7 @@ def build_loaders(
     ignore_sampling_proportion_for_validation: bool = False,
     pad_to_multiple_of: int = 8,
     pin_memory: bool = False,
+    is_endless: bool = False,
 ) -> Loaders:
     """Open the datasets of a run.
 
@@ -82,6 +83,8 @@ def build_loaders(
             of by ratio.
         pad_to_multiple_of: Finetuning: rows are padded to a multiple of this.
         pin_memory: Page-locked tensors, for copies to a GPU.
+        is_endless: Training batches go on after the last step, for a run that leaves some out; an
+            order that is made for a number of samples begins again.
 
     Returns:
         The loaders; evaluation loaders give the same batches each time.
@@ -115,7 +118,8 @@ def build_loaders(
         num_workers=max(entry.class_args.num_workers for entry in datasets),
         pin_memory=pin_memory,
     )
-    train = opener.training(num_training_steps * global_batch_size, sizes)
+    num_samples = num_training_steps * global_batch_size
+    train = opener.training(num_samples, sizes, is_endless=is_endless)
     steps = _eval_steps(datasets, eval_steps, tuning_method) if evaluate else 0
     once = ignore_sampling_proportion_for_validation
     return Loaders(

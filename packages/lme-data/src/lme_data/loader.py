@@ -32,6 +32,7 @@ class Loader:
         data_rank: This rank among those that read different data.
         data_world_size: Number of those, W.
         num_samples: Where to stop; `None` goes on for ever.
+        period: After so many samples the order begins again; `None`: it does not.
         num_workers: Threads that prepare batches ahead; 0 prepares them when asked.
         pin_memory: Page-locked tensors, for copies to a GPU.
 
@@ -49,6 +50,7 @@ class Loader:
         data_rank: int = 0,
         data_world_size: int = 1,
         num_samples: int | None = None,
+        period: int | None = None,
         num_workers: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -56,6 +58,7 @@ class Loader:
         self._source = source
         self._collate = collate
         self._num_samples = num_samples
+        self._period = period
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._position = 0
@@ -85,11 +88,12 @@ class Loader:
 
     def state_dict(self) -> dict[str, object]:
         """Position and, per corpus, cursor, as JSON; the same on every rank."""
+        place = self._place(self._position)
         return {
             "format_version": STATE_VERSION,
             "position": self._position,
-            "cursors": self._source.cursors(self._position),
-            "source": self._source.state(self._position),
+            "cursors": self._source.cursors(place),
+            "source": self._source.state(place),
             "inputs": self._source.describe(),
         }
 
@@ -112,7 +116,7 @@ class Loader:
         if not isinstance(position, int) or not isinstance(source_state, Mapping):
             raise ValueError("the loader's state has no position: it is not a loader's state")
         self._ahead.clear()
-        self._source.restore(source_state, position)
+        self._source.restore(source_state, self._place(position))
         self._position = self._origin = position
 
     def skip_to(self, position: int) -> None:
@@ -132,9 +136,17 @@ class Loader:
         end = self._num_samples
         return end is not None and position + self._slicing.round_size > end
 
+    def _place(self, position: int) -> int:
+        """Place in the source; the end is told from the start until something lies behind it."""
+        is_first_pass = self._period is None or position <= self._period
+        return position if is_first_pass else position % (self._period or 1)
+
     def _make(self, position: int) -> Batch:
         places, rows = self._slicing.rows(position - self._origin)
-        batch = self._collate(self._origin + places, rows, np.ones(len(rows), bool))
+        places += self._origin
+        if self._period is not None:
+            places %= self._period
+        batch = self._collate(places, rows, np.ones(len(rows), bool))
         return _pinned(batch) if self._pin_memory else batch
 
 

@@ -77,12 +77,19 @@ class Opener(ABC, Generic[Source]):
     def extra_groups(self, num_samples: int | None) -> dict[str, Source]:
         """Validation groups that entries name themselves."""
 
-    def training(self, num_samples: int, sizes: BatchSizes) -> Loader:
+    @property
+    def has_end(self) -> bool:
+        """Whether the order of training samples is made for a number of them, and ends there."""
+        return False
+
+    def training(self, num_samples: int, sizes: BatchSizes, *, is_endless: bool = False) -> Loader:
         """Batches of the training split of all entries.
 
         Args:
             num_samples: Samples of the whole run.
             sizes: How batches are cut.
+            is_endless: Whether batches go on after `num_samples`: an order that ends there begins
+                again.
 
         Raises:
             ValueError: If an entry has no training data.
@@ -103,7 +110,8 @@ class Opener(ABC, Generic[Source]):
             global_batch_size=sizes.global_batch_size,
             data_rank=sizes.data_rank,
             data_world_size=sizes.data_world_size,
-            num_samples=num_samples,
+            num_samples=None if is_endless else num_samples,
+            period=num_samples if is_endless and self.has_end else None,
             num_workers=sizes.num_workers,
             pin_memory=sizes.pin_memory,
         )
@@ -214,6 +222,11 @@ class TokenOpener(Opener[TokenSource]):
         self._order: Literal["megatron", "stable"] = (
             "megatron" if "megatron" in orders else "stable"
         )
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the order is Megatron's, which is shuffled for a number of samples."""
+        return self._order == "megatron"
 
     def open_split(
         self, split: SplitName, num_samples: int | None

@@ -135,9 +135,12 @@ class TrainingParameters:
     """Largest global gradient norm; null: no clipping."""
     ignore_sampling_proportion_for_validation: bool = False
     """Validate on each data set once and in order instead of in the mixture's proportions."""
-    bad_step_policy: Literal["skip", "raise"] = "skip"
-    """After a step whose loss or gradient is not finite, or is a spike: leave it out and go on, or
-    end the run. Either way it is not applied, and its batch is recorded in the run's directory."""
+    bad_step_policy: Literal["skip", "raise", "rewind"] = "skip"
+    """After a step whose loss or gradient is not finite, or is a spike: leave it out and go on; end
+    the run; or go back to the last checkpoint and go on from there with the data after that step's
+    batch. It is never applied, and its batch is recorded in the run's directory."""
+    max_rewinds: int = 3
+    """How often a run with `bad_step_policy: rewind` may go back; the next bad step ends it."""
     spike_sigmas: float | None = None
     """A loss so many standard deviations above its running mean is a spike; null: none is."""
     stop_after_seconds: float | None = None
@@ -150,6 +153,7 @@ class TrainingParameters:
             ("gradient_accumulation_steps", self.gradient_accumulation_steps),
             ("global_batch_size", self.global_batch_size),
             ("eval_interval", self.eval_interval),
+            ("max_rewinds", self.max_rewinds),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"`training_parameters.{name}` must be at least 1, got {value}")

@@ -19,6 +19,7 @@ import torch
 from lme_core.training.anomalies import StepGuard
 from lme_core.training.evaluation import EvaluationSet, records
 from lme_core.training.objectives import Objective
+from lme_core.training.rewinding import Rewinder
 from lme_core.training.runtime import Runtime
 from lme_core.training.throughput import Throughput, peak_memory_bytes
 from lme_core.training.tracking import Tracker
@@ -83,23 +84,37 @@ class LogHook:
 
 
 class GuardHook:
-    """Lets the guard tell about bad steps, at the steps that `LogHook` waits for anyway."""
+    """Lets the guard tell about bad steps, at the steps that others wait for anyway."""
 
-    def __init__(self, guard: StepGuard, *, interval: int) -> None:
+    def __init__(
+        self,
+        guard: StepGuard,
+        *,
+        interval: int,
+        save_interval: int | None = None,
+        rewinder: Rewinder | None = None,
+    ) -> None:
         """Say who tells how often.
 
         Args:
             guard: What judged the steps.
             interval: That of `LogHook`, which comes before.
+            save_interval: That of `SaveHook`, so that no checkpoint lies behind a bad step that
+                nobody knows of.
+            rewinder: What goes back when the guard asks for it.
         """
         self._guard = guard
-        self._interval = interval
+        self._intervals = [each for each in (interval, save_interval) if each is not None]
+        self._rewinder = rewinder
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
         """Look if it is due, before anything is evaluated or saved; may raise `BadStepError`."""
         ends = report.is_last or state.stop_reason is not None
-        if ends or state.step == 1 or state.step % self._interval == 0:
-            self._guard.report()
+        is_due = any(state.step % each == 0 for each in self._intervals)
+        if ends or state.step == 1 or is_due:
+            position = self._guard.report()
+            if position is not None and self._rewinder is not None:
+                self._rewinder(state, position)
 
 
 class EvaluateHook:

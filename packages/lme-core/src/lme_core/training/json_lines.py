@@ -37,6 +37,16 @@ class JsonLines:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._descriptor = os.open(self._path, flags, 0o644)
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Take back the lines of steps after `step`, and a broken last line.
+
+        Args:
+            step: Optimizer steps done in the state that the run went back to.
+        """
+        if self._descriptor is None:
+            raise RuntimeError("`start` must be called before `rewind`")
         size = os.fstat(self._descriptor).st_size
         kept = _length_up_to(self._path, step)
         if kept < size:

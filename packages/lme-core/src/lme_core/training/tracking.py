@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lme_core.training.experiment_trackers import AimTracker, WandBTracker
 from lme_core.training.json_lines import JsonLines
@@ -55,6 +55,15 @@ class Tracker(Protocol):
         ...
 
 
+@runtime_checkable
+class Rewindable(Protocol):
+    """A tracker that can take records back while it is open."""
+
+    def rewind(self, step: int) -> None:
+        """Take back the records of steps after `step`."""
+        ...
+
+
 class Trackers:
     """Several trackers fed with the same records; none at all on ranks that do not track."""
 
@@ -75,6 +84,12 @@ class Trackers:
         """Give a record to all."""
         for tracker in self._trackers.values():
             tracker.log(record)
+
+    def rewind(self, step: int) -> None:
+        """Take back the records of steps after `step` in those that can; the others repeat them."""
+        for tracker in self._trackers.values():
+            if isinstance(tracker, Rewindable):
+                tracker.rewind(step)
 
     def flush(self) -> None:
         """Make the records so far last in all."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,6 +90,10 @@ class Saver(Protocol):
         """Read the newest checkpoint, if there is one, into everything and into `state`."""
         ...
 
+    def rewind(self, state: TrainState, keep: Collection[str]) -> Any:
+        """Go back to the newest checkpoint within a run; what `keep` names stays as it is."""
+        ...
+
     def wait(self) -> None:
         """Return once every write is committed; raise what one raised."""
         ...
@@ -157,9 +161,13 @@ class Trainer:
         try:
             while state.step < self._num_training_steps and state.stop_reason is None:
                 report = self.step(state)
+                done = state.step
                 for hook in self._hooks:
                     self._mark(hook.phase if isinstance(hook, Named) else "between steps")
                     hook(state, report)
+                    if state.step < done:
+                        # It went back: the step that the others would act on is undone.
+                        break
         finally:
             self._batches.close()
             for hook in self._hooks:
@@ -196,7 +204,12 @@ class Trainer:
         decided = grad_norm
         if self._guard is not None:
             decided = self._guard.judge(
-                state.step + 1, sums.loss, grad_norm, fetched.micro_batches, position
+                state.step + 1,
+                sums.loss,
+                grad_norm,
+                fetched.micro_batches,
+                position,
+                self._batches.state_dict(),
             )
         step_optimizer(self._optimizer, decided)
         self._runtime.finish_step()

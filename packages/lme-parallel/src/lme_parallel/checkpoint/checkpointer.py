@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,13 +199,36 @@ class Checkpointer:
             return step
         return None if load_args is None else self._restore_first(load_args, state, is_own=False)
 
-    def _restore_first(self, settings: LoadArgs, state: TrainState, *, is_own: bool) -> int:
+    def rewind(self, state: TrainState, keep: Collection[str]) -> int:
+        """Go back to the newest valid checkpoint of this run, in the middle of it.
+
+        A save under way is waited for first, so that it is the one to go back to.
+
+        Args:
+            state: Its `step` and `tokens` are set.
+            keep: Names in `stateful` of what stays as it is.
+
+        Returns:
+            Step of the checkpoint.
+
+        Raises:
+            CheckpointError: If no checkpoint of this run is valid, or the save under way failed.
+        """
+        self.wait()
+        own = LoadArgs(load_path=self._args.save_path)
+        step = self._restore_first(own, state, is_own=True, keep=keep)
+        self._saved.add(step)
+        return step
+
+    def _restore_first(
+        self, settings: LoadArgs, state: TrainState, *, is_own: bool, keep: Collection[str] = ()
+    ) -> int:
         failure: CheckpointError | None = None
         for checkpoint in _candidates(settings):
             try:
                 # All take the same one: what one cannot read, none uses.
                 with self._crew.together():
-                    self._load(checkpoint, settings, state, is_own=is_own)
+                    self._load(checkpoint, settings, state, is_own=is_own, keep=keep)
             except CheckpointMismatchError:
                 raise
             except CheckpointError as error:
@@ -213,6 +236,7 @@ class Checkpointer:
                 failure = failure or error
                 if is_own:
                     self._damaged.add(checkpoint.step)
+                    self._saved.discard(checkpoint.step)
                 continue
             logger.info("checkpoint restored: path=%s", checkpoint.path)
             return checkpoint.step
@@ -221,7 +245,13 @@ class Checkpointer:
         ) from failure
 
     def _load(
-        self, checkpoint: Checkpoint, settings: LoadArgs, state: TrainState, *, is_own: bool
+        self,
+        checkpoint: Checkpoint,
+        settings: LoadArgs,
+        state: TrainState,
+        *,
+        is_own: bool,
+        keep: Collection[str],
     ) -> None:
         saved = _checked_state(checkpoint)
         optimizer = self._optimizer if settings.load_optimizer else None
@@ -244,7 +274,8 @@ class Checkpointer:
             load_learning_rates(checkpoint, self._parameters, self._optimizer)
         started = settings.load_starting_iteration
         state.step, state.tokens = (saved["step"], saved["tokens"]) if started else (0, 0)
-        load_stateful(saved["stateful"], self._stateful, settings, state.step)
+        stateful = {name: each for name, each in self._stateful.items() if name not in keep}
+        load_stateful(saved["stateful"], stateful, settings, state.step)
         if self._after_restore is not None:
             self._after_restore()
 
