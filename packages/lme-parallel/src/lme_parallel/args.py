@@ -111,6 +111,9 @@ class DistributedArgs:
     """Ranks that split each sequence."""
     context_parallel_load_balancing_method: Literal["headtail"] | None = None
     """`headtail`: rank r takes chunks r and 2W-1-r of 2W; null: contiguous chunks."""
+    context_parallel_attention: Literal["all_gather", "ring"] = "all_gather"
+    """`all_gather`: each rank collects all keys and values, and the fastest kernels attend to them;
+    `ring`: they go around in parts while those that are here are attended to, in less memory."""
     expert_parallel_world_size: int = 1
     """Ranks, out of the data-parallel ones, that divide the experts of a MoE layer."""
     timeout_minutes: int | None = None

@@ -98,6 +98,14 @@ def check_axes(
         ValueError: If a setting does not fit the model or the device, naming it.
     """
     appliers: list[ApplyAxis] = []
+    if topology.context > 1:
+        from lme_parallel.context.setup import (  # noqa: PLC0415 (for the axis in use)
+            apply_context_parallel,
+            check_context_parallel,
+        )
+
+        layout = check_context_parallel(model, topology, args)
+        appliers.append(lambda mesh: apply_context_parallel(model, layout, mesh, args))
     if topology.tensor > 1:
         from lme_parallel.tensor.setup import (  # noqa: PLC0415 (for the axis in use)
             apply_tensor_parallel,

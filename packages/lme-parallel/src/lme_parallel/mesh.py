@@ -24,6 +24,8 @@ class Mesh:
     experts: DeviceMesh | None = None
     """All processes by `pipeline`, `expert_replicate`, `expert_shard`, `expert`, `tensor`, where
     experts are divided."""
+    contexts: ProcessGroup | None = None
+    """Those with other parts of the same rows, where sequences are cut."""
 
     @classmethod
     def of(cls, topology: Topology, device: torch.device) -> "Mesh":
@@ -43,9 +45,9 @@ class Mesh:
             world = distributed.group.WORLD
             if world is None:
                 raise RuntimeError("a mesh needs a process group; start one first")
-            return cls(root, world, _expert_mesh(topology, device))
+            return cls(root, world, _expert_mesh(topology, device), _context_group(topology))
         data = root["replicate", "shard"]._flatten("data").get_group()
-        return cls(root, data, _expert_mesh(topology, device))
+        return cls(root, data, _expert_mesh(topology, device), _context_group(topology))
 
     @property
     def sharding(self) -> DeviceMesh:
@@ -53,6 +55,17 @@ class Mesh:
         if self.root.size(1) == 1:
             return self.root["shard"]
         return self.root["replicate", "shard"]
+
+    @property
+    def context(self) -> ProcessGroup:
+        """`contexts`, where sequences are cut.
+
+        Raises:
+            RuntimeError: If they are not.
+        """
+        if self.contexts is None:
+            raise RuntimeError("a mesh has groups for sequences where they are cut only")
+        return self.contexts
 
     @property
     def expert_mesh(self) -> DeviceMesh:
@@ -123,3 +136,15 @@ def _expert_mesh(topology: Topology, device: torch.device) -> DeviceMesh | None:
         "tensor": topology.tensor,
     }
     return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _context_group(topology: Topology) -> ProcessGroup | None:
+    """Make the groups of processes with parts of the same rows; return this one's."""
+    if topology.context == 1:
+        return None
+    ranks = torch.arange(topology.world_size).view(-1, topology.context, topology.tensor)
+    groups = ranks.transpose(1, 2).flatten(0, 1).tolist()
+    group, _ = distributed.new_subgroups_by_enumeration(groups)
+    if not isinstance(group, ProcessGroup):
+        raise RuntimeError("every process is in one of the groups")
+    return group

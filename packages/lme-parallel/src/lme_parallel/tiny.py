@@ -25,6 +25,37 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def as_it_is(x: Tensor) -> Tensor:
+    """Return `x`."""
+    return x
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend causally over (B, S, N, D), the last query at the last key; some options only."""
+    if not causal or (window, softcap, mask, sinks) != (None, None, None, None):
+        raise ValueError("the tiny model's attention is plain")
+    B, S, T = *query.shape[:2], key.shape[1]
+    seen = torch.ones(S, T, dtype=torch.bool, device=query.device).tril(T - S)
+    if cu_seqlens is not None:
+        tokens = torch.arange(B * S, device=query.device)
+        document = torch.searchsorted(cu_seqlens.long(), tokens, right=True).view(B, S)
+        seen = seen & (document[:, :, None] == document[:, None])[:, None]
+    heads = (each.transpose(1, 2) for each in (query, key, value))
+    return F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale).transpose(1, 2)
+
+
 class Scale(nn.Module):
     """Channels times numbers that all heads share."""
 
@@ -50,14 +81,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=True)
         self.query_scale = Scale(HIDDEN // HEADS)
         self.output = nn.Linear(HIDDEN, HIDDEN, bias=True)
-        self.attend = F.scaled_dot_product_attention
+        self.attend = attend
 
     def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Map (B, S, H) to (B, S, H)."""
-        packed = self.qkv(x).unflatten(-1, (-1, 3, HIDDEN // HEADS))
-        query, key, value = packed.permute(3, 0, 2, 1, 4)
-        mixed = self.attend(self.query_scale(query), key, value, is_causal=True)
-        return self._drop(self.output(mixed.transpose(1, 2).flatten(2)), batch)
+        query, key, value = self.qkv(x).unflatten(-1, (-1, 3, HIDDEN // HEADS)).unbind(-2)
+        mixed = self.attend(
+            self.query_scale(query), key, value, causal=True, cu_seqlens=batch.get("cu_seqlens")
+        )
+        return self._drop(self.output(mixed.flatten(2)), batch)
 
     def _drop(self, x: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.dropout or "dropout_key" not in batch:
@@ -80,14 +112,19 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(HIDDEN, 2 * INTERMEDIATE, bias=False)
         self.down = nn.Linear(INTERMEDIATE, HIDDEN, bias=False)
+        self.reduce_counts = as_it_is
+        self.parts = 1
 
     def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Map (B, S, H) to (B, S, H) and the auxiliary loss, summed over sequences."""
         gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)
         valid = batch.get("valid", torch.ones_like(batch["input_ids"])).unsqueeze(-1)
         cubes = wide(x).pow(3).abs() * valid
-        loss = (cubes.sum(1) / valid.sum(1)).mean(-1).sum()
-        return self.down(F.silu(gate) * up), loss
+        # What a sequence adds up to may be on several processes, each of which has the whole then.
+        cubes, tokens = self.reduce_counts(
+            torch.cat((cubes.sum(1), valid.sum(1).to(cubes.dtype)), dim=-1)
+        ).split([cubes.shape[-1], 1], dim=-1)
+        return self.down(F.silu(gate) * up), (cubes / tokens).mean(-1).sum() / self.parts
 
 
 class ExpertLinear(nn.Module):
@@ -260,6 +297,35 @@ class TinyModel(nn.Module):
         nll = self.head(x, batch["labels"])
         return Outputs(nll, {"size": torch.stack(auxiliary).sum()})
 
+    def part_costs(self) -> tuple[float, tuple[float, ...], float]:
+        """Return the work of the parts, in elements of matrices that a token meets."""
+        block = HIDDEN * (4 * HIDDEN + 3 * INTERMEDIATE)
+        return HIDDEN, (block,) * len(self.blocks), HIDDEN * VOCABULARY
+
+    def part_ends(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the modules before the blocks, and of those after them."""
+        head = "embedding" if self.lm_head is None else "lm_head"
+        return ("embedding",), ("final_norm", head)
+
+    def forward_part(
+        self,
+        batch: Mapping[str, Tensor],
+        tensors: tuple[Tensor, ...] | None,
+        layers: Sequence[int],
+        *,
+        is_last: bool,
+    ) -> tuple[tuple[Tensor, ...], Outputs]:
+        """Run some layers, with the embedding without tensors and the head at the end."""
+        x = self.embed(batch) if tensors is None else tensors[0]
+        auxiliary = []
+        for layer in layers:
+            x, loss = self.blocks[str(layer)](x, batch)
+            auxiliary.append(loss)
+        further = {"size": torch.stack(auxiliary).sum()}
+        if is_last:
+            return (), Outputs(self.head(x, batch["labels"]), further)
+        return (x,), Outputs(wide(x.new_zeros(())), further)
+
     def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Look up tokens: (B, S, H)."""
         return self.embedding(batch["input_ids"])
@@ -375,7 +441,8 @@ class TinyObjective:
         """Return targets and sequences."""
         labels = batch["labels"]
         targets = (labels != IGNORED).sum()
-        return {"targets": targets, "sequences": torch.full_like(targets, labels.shape[0])}
+        sequences = torch.full_like(targets, labels.shape[0])
+        return {"targets": targets, "sequences": batch.get("sequences", sequences)}
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """Call the model."""

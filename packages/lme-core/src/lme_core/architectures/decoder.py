@@ -378,8 +378,8 @@ class Decoder(nn.Module):
 
 
 def _pads_left(valid: Tensor) -> bool:
-    """Say whether rows are seen to be padded on the left; only a CPU's are looked at."""
-    return valid.device.type == "cpu" and not bool(valid[:, 0].all())
+    """Say whether rows are seen to be padded before a token; only a CPU's are looked at."""
+    return valid.device.type == "cpu" and bool((valid[:, 1:] & ~valid[:, :-1]).any())
 
 
 def parameter_traits(model: Decoder) -> dict[str, ParameterTraits]:

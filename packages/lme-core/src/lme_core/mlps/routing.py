@@ -154,6 +154,8 @@ class Balancer(nn.Module):
     reduce_counts: Callable[[Tensor], Tensor]
     """Sums a tensor (B, ...) over the devices that hold parts of the same B sequences; gradients
     pass. Public so that sequences cut over devices can be served by another function."""
+    parts: int = 1
+    """Devices that do so. Each gives as large a share of the losses, so that they add up to one."""
 
     def __init__(self, score: Score, kernels: KernelPolicy) -> None:
         """Take the router's score.
@@ -205,12 +207,13 @@ class Balancer(nn.Module):
         sums = self.reduce_counts(torch.cat((of_sequences, z, local, tokens), dim=-1))
         of_sequences, z, counts, tokens = sums.split((E, 1, E, 1), dim=-1)
         tokens = tokens.clamp(min=1)
-        aux_loss = E * ((counts / (k * tokens)) * (of_sequences / tokens)).sum()
+        aux_loss = E * ((counts / (k * tokens)) * (of_sequences / tokens)).sum() / self.parts
+        z_loss = (z / tokens).sum() / self.parts
         with torch.no_grad():
             entropy = torch.special.entr(shares).sum(dim=-1)
             entropy = (entropy if valid is None else entropy * valid).sum()
         counts, seen = local.sum(dim=0).float(), local.sum().float() / k
-        return Balance(aux_loss, (z / tokens).sum(), counts, entropy, seen)
+        return Balance(aux_loss, z_loss, counts, entropy, seen)
 
 
 def scores_of(logits: Tensor, score: Score) -> Tensor:

@@ -90,14 +90,18 @@ def count_targets(batch: Batch) -> Mapping[str, Tensor]:
     """Count the targets and the sequences of a batch.
 
     Args:
-        batch: With `labels`, shape (B, S), int64; -100 is no target.
+        batch: With `labels`, shape (B, S), int64; -100 is no target. `sequences`, 0-d, says for how
+            many its rows count, where that is not B: rows cut over devices count once.
 
     Returns:
         `targets` and `sequences`, 0-d int64 on the device of the labels.
     """
     labels = batch["labels"]
     targets = (labels != IGNORED).sum()
-    return {"targets": targets, "sequences": torch.full_like(targets, labels.shape[0])}
+    sequences = batch.get("sequences")
+    if sequences is None:
+        sequences = torch.full_like(targets, labels.shape[0])
+    return {"targets": targets, "sequences": sequences}
 
 
 @dataclass(frozen=True, slots=True)

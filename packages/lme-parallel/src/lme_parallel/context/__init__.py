@@ -1,0 +1,1 @@
+"""Context parallelism: each sequence is cut over processes, which exchange what mixers need."""
