@@ -41,18 +41,22 @@ def layers_to_recompute(args: DistributedArgs, num_layers: int) -> tuple[int, ..
     return tuple(range(0, limit, chosen.checkpoint_every_n_layers or 1))
 
 
-def apply_recompute(blocks: Mapping[str, nn.Module], args: DistributedArgs) -> None:
+def apply_recompute(
+    blocks: Mapping[str, nn.Module], args: DistributedArgs, *, num_layers: int | None = None
+) -> None:
     """Make the chosen blocks recompute themselves; names of parameters stay as they are.
 
     Args:
         blocks: Blocks by global layer index as a string; a pipeline stage holds some of them.
         args: The `distributed_args` section.
+        num_layers: Layers of the whole model; `None`: up to the last block given.
 
     Raises:
         ValueError: As in `layers_to_recompute`.
     """
     _warn_without_effect(args)
-    num_layers = 1 + max((int(key) for key in blocks), default=-1)
+    if num_layers is None:
+        num_layers = 1 + max((int(key) for key in blocks), default=-1)
     chosen = set(layers_to_recompute(args, num_layers))
     for key, block in blocks.items():
         if int(key) in chosen:

@@ -13,6 +13,8 @@ from lme_parallel.shards import Shard
 
 if TYPE_CHECKING:
     from lme_parallel.mesh import Mesh
+    from lme_parallel.pipeline.setup import Pipeline
+    from lme_parallel.pipeline.sums import StageSums
 
 Batch = Mapping[str, Tensor]
 
@@ -79,6 +81,7 @@ class DistributedRuntime:
         mesh: The processes; `None` for one process.
         scaler: Loss scale, for fp16.
         prepare: Changes each batch on its device before anything sees it.
+        pipeline: The stages that are here; `None`: the model is whole.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class DistributedRuntime:
         mesh: "Mesh | None" = None,
         scaler: Scaler | None = None,
         prepare: Callable[[Batch], Batch] | None = None,
+        pipeline: "Pipeline | None" = None,
     ) -> None:
         self.device = device
         self.model = model
@@ -97,6 +101,7 @@ class DistributedRuntime:
         self._mesh = mesh
         self._scaler = scaler
         self._prepare = prepare
+        self._pipeline = pipeline
         self._parameters = placement.named_parameters()
         self.mark: Callable[[str], None] = ignore_phase
         """Called where a step enters another phase, for a watchdog; may be replaced."""
@@ -136,15 +141,10 @@ class DistributedRuntime:
         counts = self._global_counts([objective.counts(batch) for batch in batches])
         drop_gradients(self._parameters)
         sums = _RunningSums()
-        module = self._placement.forward_module()
-        for number, batch in enumerate(batches, start=1):
-            self._placement.begin(is_last=number == len(batches))
-            self.mark("forward")
-            micro = objective.loss(objective.forward(module, batch), batch)
-            loss = _mean_loss(micro, counts)
-            self.mark("backward")
-            self._placement.backward(loss if self._scaler is None else self._scaler.scale(loss))
-            sums.add(micro)
+        if self._pipeline is None:
+            self._run_micro_batches(objective, batches, counts, sums)
+        else:
+            self._run_pipeline(self._pipeline, objective, batches, counts, sums)
         self._placement.finish()
         return sums.finish(counts, self._sum)
 
@@ -156,6 +156,8 @@ class DistributedRuntime:
         try:
             with torch.no_grad():
                 batch = self._to_device(batch)
+                if self._pipeline is not None:
+                    return self._evaluate_pipeline(self._pipeline, objective, batch)
                 outputs = objective.forward(self._placement.forward_module(), batch)
                 return self._sum_over_processes(objective.loss(outputs, batch))
         finally:
@@ -203,6 +205,48 @@ class DistributedRuntime:
         """Take over what `state_dict` returned."""
         if self._scaler is not None and "loss_scale" in state:
             self._scaler.load_state_dict(state["loss_scale"])
+
+    def _run_micro_batches(
+        self,
+        objective: Objective,
+        batches: Sequence[Batch],
+        counts: Mapping[str, Tensor],
+        sums: "_RunningSums",
+    ) -> None:
+        module = self._placement.forward_module()
+        for number, batch in enumerate(batches, start=1):
+            self._placement.begin(is_last=number == len(batches))
+            self.mark("forward")
+            micro = objective.loss(objective.forward(module, batch), batch)
+            loss = self._scaled(_mean_loss(micro, counts))
+            self.mark("backward")
+            self._placement.backward(loss)
+            sums.add(micro)
+
+    def _run_pipeline(
+        self,
+        pipeline: "Pipeline",
+        objective: Objective,
+        batches: Sequence[Batch],
+        counts: Mapping[str, Tensor],
+        sums: "_RunningSums",
+    ) -> None:
+        from lme_parallel.pipeline.runner import StepCalls  # noqa: PLC0415 (for the axis in use)
+
+        def loss(micro: Any) -> Tensor:  # the objective's LossSum
+            return self._scaled(_mean_loss(micro, counts))
+
+        pipeline.runner.train(batches, StepCalls(objective, loss, sums.add, self.mark))
+        sums.add_stages(pipeline.sums)
+
+    def _evaluate_pipeline(
+        self, pipeline: "Pipeline", objective: Objective, batch: Batch
+    ) -> Any:  # the objective's LossSum
+        stages = pipeline.runner.evaluate(objective, batch)
+        return self._sum_over_processes(pipeline.sums.merge(stages))
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self._scaler is None else self._scaler.scale(loss)
 
     def _to_device(self, batch: Batch) -> Batch:
         moved = {name: each.to(self.device, non_blocking=True) for name, each in batch.items()}
@@ -261,6 +305,10 @@ class _RunningSums:
         self._add("lm_loss", sums.total, "targets", 1.0)
         for name, term in sums.extras.items():
             self._add(name, term.total, term.per, term.weight)
+
+    def add_stages(self, stages: "StageSums") -> None:
+        """Complete the sums of the stages that are here to those of all stages."""
+        self._targets, self._terms = stages.complete(self._targets, self._terms)
 
     def finish(
         self, counts: Mapping[str, Tensor], add_up: Callable[[Sequence[Tensor]], list[Tensor]]

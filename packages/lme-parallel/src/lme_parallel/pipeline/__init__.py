@@ -1,0 +1,1 @@
+"""Pipeline parallelism: each process has some of the layers, micro batches travel between them."""

@@ -1,0 +1,167 @@
+"""Pipeline parallelism from the settings: checked first, then the model is cut, then put to work."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from lme_parallel.args import DistributedArgs
+from lme_parallel.pipeline.cut import Costs, cut_layers, stage_works
+from lme_parallel.pipeline.exchange import Exchange
+from lme_parallel.pipeline.orders import Schedule, read_schedule
+from lme_parallel.pipeline.part import PartForward, Sliceable, Stage
+from lme_parallel.pipeline.placement import StageParameters, Tie
+from lme_parallel.pipeline.runner import Runner
+from lme_parallel.pipeline.sums import StageSums
+from lme_parallel.placement import Placement
+from lme_parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from lme_parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """Which stages are here."""
+
+    schedule: Schedule
+    rank: int
+    stages: Mapping[int, Stage]
+    """Those of this process, by index."""
+    shared: frozenset[str]
+    """Parameters that the first and the last stage both hold."""
+    splits: bool
+    """Whether gradients of inputs and of parameters are computed one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What the runtime needs of a pipeline."""
+
+    runner: Runner
+    sums: StageSums
+    placement: StageParameters
+
+
+def cut_model(model: nn.Module, topology: Topology, args: DistributedArgs) -> PipelinePlan:
+    """Drop what other processes of the pipeline have; speaks to nobody.
+
+    Args:
+        model: Of the seam, usually on meta. Changed in place: names of parameters stay.
+        topology: Where this process stands.
+        args: The `distributed_args` section.
+
+    Returns:
+        What is here.
+
+    Raises:
+        ValueError: If the schedule, the stages and the layers do not go together, or the model
+            cannot be cut, naming the setting.
+    """
+    schedule = read_schedule(args)
+    if not all(hasattr(model, name) for name in ("part_costs", "part_ends", "forward_part")):
+        raise ValueError(
+            f"`pipeline_parallel_world_size: {schedule.ranks}` needs a model with `part_costs`,"
+            f" `part_ends` and `forward_part`; {type(model).__name__} lacks them"
+        )
+    sliceable = cast(Sliceable, model)
+    costs = Costs(*sliceable.part_costs())
+    cuts = cut_layers(costs, schedule.stages)
+    if topology.rank == 0:
+        _log(schedule, cuts, stage_works(costs, cuts))
+    rank = topology.coordinates["pipeline"]
+    stages = {
+        index: Stage(index, tuple(cuts[index]), index == 0, index == schedule.stages - 1)
+        for index in schedule.stages_of(rank)
+    }
+    first, last = sliceable.part_ends()
+    shared = {
+        f"{name}.{inner}"
+        for name in set(first) & set(last)
+        for inner, _ in model.get_submodule(name).named_parameters()
+    }
+    _keep(
+        sliceable,
+        {layer for stage in stages.values() for layer in stage.layers},
+        {
+            *(first if any(each.is_first for each in stages.values()) else ()),
+            *(last if any(each.is_last for each in stages.values()) else ()),
+        },
+        {*first, *last},
+    )
+    # Torch's split needs the graph a second time, which these would compute again or refuse.
+    splits = (
+        not args.torch_compile
+        and args.gradient_checkpointing_method is None
+        and args.fsdp_algorithm is None
+    )
+    return PipelinePlan(schedule, rank, stages, frozenset(shared), splits)
+
+
+def make_pipeline(
+    model: nn.Module,
+    plan: PipelinePlan,
+    forward: PartForward,
+    placement: Placement,
+    mesh: "Mesh",
+    device: torch.device,
+) -> Pipeline:
+    """Put the stages that are here to work.
+
+    Args:
+        model: From `cut_model`, placed.
+        plan: From there.
+        forward: Of the model, from `serve_parts`.
+        placement: Of its parameters.
+        mesh: The processes.
+        device: This process's device.
+    """
+    group = mesh.root.get_group("pipeline")
+    first, last = plan.schedule.rank_of(0), plan.schedule.rank_of(plan.schedule.stages - 1)
+    tie = None
+    if plan.shared and first != last and plan.rank in (first, last):
+        peer = last if plan.rank == first else first
+        tie = Tie(plan.shared, group, peer, is_owner=plan.rank == first)
+    placed = StageParameters(placement, tie)
+    runner = Runner(
+        plan.schedule,
+        plan.rank,
+        plan.stages,
+        model,
+        forward,
+        placed,
+        Exchange(group, device),
+        splits=plan.splits,
+    )
+    return Pipeline(runner, StageSums(group, device), placed)
+
+
+def serve_parts(model: nn.Module) -> PartForward:
+    """Let a call of the model run one of its stages; after everything that changes its parts."""
+    forward = PartForward(cast(Sliceable, model))
+    changed: Any = model
+    # Only the instance changes: what hooks calls of the model still does.
+    changed.forward = forward
+    return forward
+
+
+def _keep(model: Sliceable, layers: set[int], kept: set[str], ends: set[str]) -> None:
+    for name in [each for each in model.blocks if int(each) not in layers]:
+        del model.blocks[name]
+    for name in ends - kept:
+        setattr(model, name, None)
+
+
+def _log(schedule: Schedule, cuts: Sequence[range], works: Sequence[float]) -> None:
+    mean = sum(works) / len(works)
+    parts = [
+        f"stage {index} on rank {schedule.rank_of(index)}: layers {each.start} to {each.stop - 1}"
+        f" ({work / mean:.0%} of the mean work)"
+        for index, (each, work) in enumerate(zip(cuts, works, strict=True))
+    ]
+    logger.info("pipeline `%s`: %s", schedule.name, "; ".join(parts))
