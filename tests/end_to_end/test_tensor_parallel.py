@@ -40,6 +40,80 @@ MAMBA = {
     "num_heads": 6,
     "num_groups": 2,
 }
+ONE_GROUP = MAMBA | {"num_groups": 1, "state_size": 6, "add_bias": True}
+BY_GROUP = MAMBA | {"num_heads": 4, "normalize_by_group": True}
+THREE_GROUPS = MAMBA | {"num_groups": 3, "state_size": 4, "normalization_function": "layernorm"}
+DELTA = {
+    "sequence_mixer_type": "gated_deltanet",
+    "k_head_dim": 6,
+    "v_head_dim": 5,
+    "num_k_heads": 2,
+    "num_v_heads": 4,
+    "use_gate": True,
+    "allow_neg_eigval": True,
+    "kernel_size": 3,
+}
+ONE_KEY = DELTA | {"num_k_heads": 1, "num_v_heads": 2, "use_gate": False, "norm_before_gate": True}
+LINEAR = {
+    "sequence_mixer_type": "linear_attention",
+    "k_head_dim": 6,
+    "v_head_dim": 4,
+    "num_q_heads": 1,
+    "num_k_heads": 2,
+    "num_v_heads": 4,
+    "num_g_heads": 1,
+    "kernel_size": 3,
+    "activation_function": "gelu",
+    "add_bias": True,
+    "normalization_function": "p_norm",
+}
+NO_NORM = LINEAR | {"num_q_heads": 4, "num_g_heads": 2, "normalization_function": None}
+VECTOR = {
+    "state_head_dim": 4,
+    "kernel_size": 3,
+    "normalization_function": "rmsnorm",
+    "num_input_heads": 4,
+    "gradient_clipping": 0.2,
+}
+GRU = VECTOR | {
+    "sequence_mixer_type": "gru",
+    "num_forget_input_heads": 1,
+    "num_reset_input_heads": 2,
+    "num_weight_heads": 2,
+    "num_forget_weight_heads": 4,
+    "num_reset_weight_heads": 1,
+    "add_bias": True,
+}
+RNN = VECTOR | {"sequence_mixer_type": "rnn", "num_weight_heads": 2, "kernel_size": None}
+LSTM = VECTOR | {"sequence_mixer_type": "lstm", "num_input_heads": 2, "num_weight_heads": 4}
+MATRICES = {
+    "sequence_mixer_type": "m2rnn",
+    "k_head_dim": 4,
+    "v_head_dim": 6,
+    "num_q_heads": 1,
+    "num_k_heads": 2,
+    "num_v_heads": 4,
+    "num_f_heads": 2,
+    "num_g_heads": 1,
+    "num_weight_heads": 1,
+    "use_residual": True,
+    "kernel_size": 3,
+    "activation_function": "silu",
+    "add_bias": True,
+    "normalization_function": "rmsnorm",
+}
+OWN_MATRICES = MATRICES | {"num_weight_heads": 2, "use_residual": False, "num_g_heads": 4}
+CONVOLUTION = {
+    "sequence_mixer_type": "causal_convolution",
+    "in_channels": 12,
+    "out_channels": 16,
+    "kernel_size": 3,
+    "num_groups": 1,
+    "add_bias": True,
+}
+GROUPED = CONVOLUTION | {"num_groups": 4, "activation_function": "swiglu"}
+# What two processes cannot share is whole in both.
+ODD = MAMBA | {"num_heads": 3, "num_groups": 1}
 DENSE = {"activation_function": "swiglu", "intermediate_size": 20, "dropout": 0.2, "add_bias": True}
 PLAIN = {"activation_function": "prelu", "intermediate_size": 20, "add_bias": True}
 EXPERTS = {
@@ -88,6 +162,12 @@ MODELS = {
         "mlp_blocks": [DENSE],
     },
     "ladder_residual": {"sequence_mixer_blocks": [HEADS], "mlp_blocks": [EXPERTS]},
+    "mamba2": {"sequence_mixer_blocks": [ONE_GROUP, BY_GROUP, THREE_GROUPS]},
+    "gated deltanet": {"sequence_mixer_blocks": [DELTA, ONE_KEY]},
+    "linear attention": {"sequence_mixer_blocks": [LINEAR, NO_NORM]},
+    "gru, rnn, lstm": {"sequence_mixer_blocks": [GRU, RNN, LSTM]},
+    "m2rnn": {"sequence_mixer_blocks": [MATRICES, OWN_MATRICES]},
+    "convolutions": {"sequence_mixer_blocks": [CONVOLUTION, GROUPED, ODD]},
     "palm": {"sequence_mixer_blocks": [HEADS], "mlp_blocks": [DENSE]},
 }
 # Of as many processes, so that they start once.
@@ -104,7 +184,9 @@ LAYOUTS = {
 
 def build(name):
     fields = {"model_type": name if "_" in name or name == "palm" else "gpt_base"}
-    config = from_dict({**COMMON, **MODELS[name], **fields})
+    layers = {"num_layers": max(2, len(MODELS[name]["sequence_mixer_blocks"]))}
+    common = {**COMMON, **layers, "mlp_blocks": [PLAIN]}
+    config = from_dict({**common, **MODELS[name], **fields})
     with torch.device("meta"):
         return config, config.build(KernelPolicy(), seed=3)
 

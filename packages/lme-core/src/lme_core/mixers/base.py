@@ -1,6 +1,6 @@
 """What every sequence mixer is given, and what it keeps between tokens in generation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, Protocol
 
@@ -26,10 +26,15 @@ class SequenceMixer(nn.Module):
     """Base of the modules that move information between tokens."""
 
     shard_plan: ClassVar[Mapping[str, str] | None] = None
-    """Children that may be cut over devices, and by what: rows ("column") or columns ("row") of
-    their weights. `{}`: whole on every device; `None`: it was not said."""
+    """Children and parameters that may be cut over devices, and by what: rows ("column") or columns
+    ("row") of their weights, or rows where they divide and else not at all ("heads"). `{}`: whole on
+    every device; `None`: it was not said."""
+    shard_sections: Mapping[str, Sequence[int]] = MappingProxyType({})
+    """Of those whose rows are sections, one after the other, each of which is cut: their lengths."""
     shard_units: Mapping[str, int] = MappingProxyType({})
     """What is never cut in pieces, by the name of the setting that counts it."""
+    shard_or_whole: ClassVar[bool] = False
+    """Whether devices whose number does not divide `shard_units` each have all; else it is refused."""
     part: tuple[int, int] = (0, 1)
     """Which part of the heads is here, and of how many; set where they are cut over devices."""
 

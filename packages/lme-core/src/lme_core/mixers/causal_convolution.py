@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,12 @@ class CausalConvolutionConfig(RecurrentMixerConfig):
 class CausalConvolution(RecurrentMixer):
     """Projection, causal convolution, activation, projection."""
 
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "input": "column",
+        "convolution": "column",
+        "output": "row",
+    }
+
     def __init__(
         self, config: CausalConvolutionConfig, settings: ModelSettings, kernels: KernelPolicy
     ) -> None:
@@ -111,6 +117,14 @@ class CausalConvolution(RecurrentMixer):
         """
         super().__init__(kernels)
         H, width, bias = settings.hidden_size, config.width(), config.add_bias
+        # One group makes all channels of all: its inputs are gathered, its outputs are cut.
+        self.is_mixing_all = config.num_groups == 1
+        outputs = "out_channels / 2" if is_glu(config.activation_function) else "out_channels"
+        self.shard_units = {outputs: width}
+        if self.is_mixing_all:
+            self.shard_units["in_channels"] = config.in_channels
+        else:
+            self.shard_units["num_groups"] = config.num_groups
         self.input = Linear(H, config.in_channels, bias=bias, std=linear_std(settings, H), mup=True)
         self.convolution = GroupedConvolution(config, settings)
         self.activation = Activation(config.activation_function, kernels)
@@ -121,7 +135,10 @@ class CausalConvolution(RecurrentMixer):
     def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
         """Mix along the sequence; see `SequenceMixer`."""
         sequences = self.sequences(x, context, cache)
-        y = self.convolve(self.pack(self.input(x), sequences), sequences, cache)
+        inputs = self.input(x)
+        if self.is_mixing_all:
+            inputs = self.gather_channels(inputs)
+        y = self.convolve(self.pack(inputs, sequences), sequences, cache)
         return self.output(self.unpack(self.activation(y), sequences))
 
 
@@ -138,7 +155,6 @@ class GroupedConvolution(Convolution):
         super().__init__()
         self.channels = config.in_channels
         self.width = config.kernel_size
-        self.groups = config.num_groups
         inputs = config.in_channels // config.num_groups
         self.std = linear_std(settings, inputs * config.kernel_size)
         self.weight = nn.Parameter(torch.empty(config.out_channels, inputs, config.kernel_size))
@@ -155,12 +171,12 @@ class GroupedConvolution(Convolution):
         """Convolve; see `Convolution`."""
         if cu_seqlens is not None:
             windows = self._windows(x, initial, cu_seqlens)
-            return F.conv1d(windows, self.weight, self.bias, groups=self.groups).squeeze(-1)
+            return self._apply_weight(windows).squeeze(-1)
         if initial is None:
             padded = F.pad(x.mT, (self.width - 1, 0))
         else:
             padded = torch.cat((initial.to(x.dtype), x.mT), dim=-1)
-        return F.conv1d(padded, self.weight, self.bias, groups=self.groups).mT
+        return self._apply_weight(padded).mT
 
     def step(
         self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
@@ -168,6 +184,11 @@ class GroupedConvolution(Convolution):
         """Convolve, and give the last inputs too; see `Convolution`."""
         last = last_inputs(x, initial, cu_seqlens, self.width)
         return self(x, initial, cu_seqlens), last
+
+    def _apply_weight(self, x: Tensor) -> Tensor:
+        # As many groups as are here.
+        groups = x.shape[1] // self.weight.shape[1]
+        return F.conv1d(x, self.weight, self.bias, groups=groups)
 
     def _windows(self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """List what each packed token sees of its own sequence, shape (T, C, width)."""

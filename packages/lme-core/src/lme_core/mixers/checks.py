@@ -39,3 +39,25 @@ def common_heads(counts: Mapping[str, int]) -> int:
                 f"({counts[largest]}), got {count}"
             )
     return counts[largest]
+
+
+def head_units(counts: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Say what a number of devices must divide, so that heads can be cut over them.
+
+    Devices share the channels of heads that are fewer than they.
+
+    Args:
+        counts: Numbers of heads by the setting's name, each a divisor of the largest.
+        sizes: Channels of such a head, by the same name.
+
+    Returns:
+        By what to call it, in the order of `counts`.
+    """
+    largest = max(counts.values())
+    units = {}
+    for name, count in counts.items():
+        if count == largest:
+            units[name] = count
+        elif name in sizes:
+            units[f"{name} * {sizes[name]}"] = count * sizes[name]
+    return units

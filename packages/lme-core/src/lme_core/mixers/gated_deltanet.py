@@ -1,7 +1,8 @@
 """Gated DeltaNet: a memory that each token corrects, and that decays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from lme_core.layers.initialization import linear_std
 from lme_core.layers.linear import Linear
 from lme_core.layers.settings import ModelSettings
 from lme_core.mixers.base import LayerCache
-from lme_core.mixers.checks import check_positive
+from lme_core.mixers.checks import check_positive, head_units
 from lme_core.mixers.decay_gate import DecayGate, DecayGateFields
 from lme_core.mixers.gated_norm import GatedNorm
 from lme_core.mixers.recurrent import RecurrentMixer, RecurrentMixerConfig
@@ -92,6 +93,15 @@ class GatedDeltaNetConfig(RecurrentMixerConfig, DecayGateFields):
 class GatedDeltaNet(RecurrentMixer):
     """Projections, convolution, gated delta rule, gated norm of each head, projection."""
 
+    # The norm is of one head, with a weight that all heads share.
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "qkv": "column",
+        "gates": "column",
+        "convolution": "column",
+        "decay_gate": "column",
+        "output": "row",
+    }
+
     def __init__(
         self, config: GatedDeltaNetConfig, settings: ModelSettings, kernels: KernelPolicy
     ) -> None:
@@ -110,6 +120,15 @@ class GatedDeltaNet(RecurrentMixer):
         self.qkv_sizes = [keys, keys, values]
         # Rows of the second projection: steps of the decay, strengths of writing, gate.
         self.gate_sizes = [N, N, *([values] if config.use_gate else [])]
+        self.shard_sections = {
+            "qkv": self.qkv_sizes,
+            "convolution": self.qkv_sizes,
+            "gates": self.gate_sizes,
+        }
+        self.shard_units = head_units(
+            {"num_v_heads": N, "num_k_heads": config.num_k_heads},
+            {"num_k_heads": config.k_head_dim},
+        )
         self.qkv = Linear(H, sum(self.qkv_sizes), bias=False, std=std, mup=False)
         self.gates = Linear(H, sum(self.gate_sizes), bias=False, std=std, mup=False)
         self.convolution = ShortConvolution(
@@ -139,10 +158,14 @@ class GatedDeltaNet(RecurrentMixer):
         config = self.config
         sequences = self.sequences(x, context, cache)
         qkv = self.convolve(self.pack(self.qkv(x), sequences), sequences, cache)
-        query, key, value = qkv.split(self.qkv_sizes, dim=-1)
-        query, key = (each.unflatten(-1, (-1, config.k_head_dim)) for each in (query, key))
+        query, key, value = qkv.split(self.here(self.qkv_sizes), dim=-1)
+        query, key = (
+            self.heads_here(each, config.num_k_heads, serve=config.num_v_heads)
+            for each in (query, key)
+        )
         value = value.unflatten(-1, (-1, config.v_head_dim))
-        dt, strength, *gate = self.pack(self.gates(x), sequences).split(self.gate_sizes, dim=-1)
+        gates = self.pack(self.gates(x), sequences)
+        dt, strength, *gate = gates.split(self.here(self.gate_sizes), dim=-1)
         log_decay = self.decay_gate(dt)
         beta = torch.sigmoid(strength.to(log_decay.dtype))
         beta = 2.0 * beta if config.allow_neg_eigval else beta
@@ -163,5 +186,5 @@ class GatedDeltaNet(RecurrentMixer):
             )
 
         y = self.recur(run, sequences, cache)
-        gates = gate[0].unflatten(-1, (-1, config.v_head_dim)) if gate else None
-        return self.output(self.unpack(self.norm(y, gates).flatten(-2), sequences))
+        opening = gate[0].unflatten(-1, (-1, config.v_head_dim)) if gate else None
+        return self.output(self.unpack(self.norm(y, opening).flatten(-2), sequences))

@@ -19,6 +19,10 @@ from lme_kernels.policy import KernelPolicy
 class GatedNorm(nn.Module):
     """norm(x * silu(gate)), or norm(x) * silu(gate)."""
 
+    average_channels: Callable[[Tensor], Tensor] | None
+    """Averages over the devices that have the other channels; `None`: all are here. Public so that
+    it can be replaced."""
+
     def __init__(
         self,
         kind: Normalization | None,
@@ -42,7 +46,11 @@ class GatedNorm(nn.Module):
         super().__init__()
         eps = settings.layer_norm_epsilon
         self.kind = kind
+        self.average_channels = None
         self.groups = groups
+        self.group_size = size // groups
+        self.eps = eps
+        self.p = settings.p_norm_order
         self.norm_before_gate = norm_before_gate
         self.weight = nn.Parameter(torch.empty(size)) if kind is not None else None
         self.bias = nn.Parameter(torch.empty(size)) if kind == "layernorm" else None
@@ -81,8 +89,11 @@ class GatedNorm(nn.Module):
             Shape (..., size).
         """
         if self.groups == 1:
+            if self.average_channels is not None and self.kind is not None:
+                return self._across_devices(x, gate, self.average_channels)
             return self._gated(x, gate, self.weight, self.bias)
-        parts = (self.groups, -1)
+        # Whole groups are here, perhaps not all.
+        parts = (-1, self.group_size)
         y = self._gated(
             x.unflatten(-1, parts), None if gate is None else gate.unflatten(-1, parts), None, None
         ).flatten(-2)
@@ -107,3 +118,30 @@ class GatedNorm(nn.Module):
         if self.kind == "layernorm":
             return self.normalize(x, weight, bias)
         return self.normalize(x, weight)
+
+    def _across_devices(
+        self, x: Tensor, gate: Tensor | None, average: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Normalise channels of which others are elsewhere: sums over them go through `average`."""
+        compute = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(compute)
+        opening = None if gate is None else F.silu(gate.to(compute))
+        if opening is not None and not self.norm_before_gate:
+            y = y * opening
+        match self.kind:
+            case "p_norm":
+                mean = average(y.abs().pow(self.p).mean(-1, keepdim=True))
+                # Bounded before the root, whose slope at zero is infinite.
+                least = max(self.eps**self.p, torch.finfo(compute).tiny)
+                norm = (mean * self.group_size).clamp(min=least).pow(1.0 / self.p)
+                y = y / norm.clamp(min=self.eps)
+            case "layernorm":
+                y = y - average(y.mean(-1, keepdim=True))
+                y = y * torch.rsqrt(average(y.square().mean(-1, keepdim=True)) + self.eps)
+            case _:
+                y = y * torch.rsqrt(average(y.square().mean(-1, keepdim=True)) + self.eps)
+        y = y if self.weight is None else y * self.weight
+        y = y if self.bias is None else y + self.bias
+        if opening is not None and self.norm_before_gate:
+            y = y * opening
+        return y.to(x.dtype)

@@ -1,6 +1,6 @@
 """Gated recurrent unit, with matrices a head, a gate and a norm."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,22 +42,24 @@ class GRUConfig(VectorRecurrenceFields):
         self.check_fields()
         self.num_heads()
 
+    def head_counts(self) -> Mapping[str, int]:
+        """Numbers of heads by their settings' names."""
+        return {
+            "num_input_heads": self.num_input_heads,
+            "num_forget_input_heads": self.num_forget_input_heads,
+            "num_reset_input_heads": self.num_reset_input_heads,
+            "num_weight_heads": self.num_weight_heads,
+            "num_forget_weight_heads": self.num_forget_weight_heads,
+            "num_reset_weight_heads": self.num_reset_weight_heads,
+        }
+
     def num_heads(self) -> int:
         """Heads of the recurrence.
 
         Raises:
             ValueError: If a number of heads does not divide it.
         """
-        return common_heads(
-            {
-                "num_input_heads": self.num_input_heads,
-                "num_forget_input_heads": self.num_forget_input_heads,
-                "num_reset_input_heads": self.num_reset_input_heads,
-                "num_weight_heads": self.num_weight_heads,
-                "num_forget_weight_heads": self.num_forget_weight_heads,
-                "num_reset_weight_heads": self.num_reset_weight_heads,
-            }
-        )
+        return common_heads(self.head_counts())
 
     def input_heads(self) -> list[int]:
         """Heads of the inputs, in the order of the projection's rows."""

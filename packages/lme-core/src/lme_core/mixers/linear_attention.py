@@ -1,8 +1,9 @@
 """Linear attention: a memory to which each token adds its key and value."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from lme_core.layers.initialization import linear_std
 from lme_core.layers.linear import Linear
 from lme_core.layers.settings import ModelSettings, Normalization
 from lme_core.mixers.base import LayerCache
-from lme_core.mixers.checks import check_positive, common_heads
+from lme_core.mixers.checks import check_positive, common_heads, head_units
 from lme_core.mixers.gated_norm import GatedNorm
 from lme_core.mixers.recurrent import RecurrentMixer, RecurrentMixerConfig
 from lme_core.mixers.short_convolution import (
@@ -91,14 +92,16 @@ class LinearAttentionConfig(RecurrentMixerConfig):
         Raises:
             ValueError: If a number of heads does not divide it.
         """
-        return common_heads(
-            {
-                "num_q_heads": self.num_q_heads,
-                "num_k_heads": self.num_k_heads,
-                "num_v_heads": self.num_v_heads,
-                "num_g_heads": self.num_g_heads,
-            }
-        )
+        return common_heads(self.head_counts())
+
+    def head_counts(self) -> Mapping[str, int]:
+        """Numbers of heads by their settings' names."""
+        return {
+            "num_q_heads": self.num_q_heads,
+            "num_k_heads": self.num_k_heads,
+            "num_v_heads": self.num_v_heads,
+            "num_g_heads": self.num_g_heads,
+        }
 
     def sizes(self) -> list[int]:
         """Widths of queries, keys, values and gates."""
@@ -139,6 +142,13 @@ class LinearAttentionConfig(RecurrentMixerConfig):
 class LinearAttention(RecurrentMixer):
     """Projection, convolution, linear attention, gated norm, projection."""
 
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "input": "column",
+        "convolution": "column",
+        "norm": "column",
+        "output": "row",
+    }
+
     def __init__(
         self, config: LinearAttentionConfig, settings: ModelSettings, kernels: KernelPolicy
     ) -> None:
@@ -157,7 +167,17 @@ class LinearAttention(RecurrentMixer):
         self.qkv_sizes = sizes[:3]
         self.sizes = [sum(sizes[:3]), sizes[3]]
         self.num_heads = N
-        self.gate_repeats = N // config.num_g_heads
+        self.shard_sections = {"input": sizes, "convolution": self.qkv_sizes}
+        keys, values = config.k_head_dim, config.v_head_dim
+        self.shard_units = head_units(
+            config.head_counts(),
+            {
+                "num_q_heads": keys,
+                "num_k_heads": keys,
+                "num_v_heads": values,
+                "num_g_heads": values,
+            },
+        )
         self.input = Linear(
             H, sum(sizes), bias=config.add_bias, std=linear_std(settings, H), mup=True
         )
@@ -183,11 +203,13 @@ class LinearAttention(RecurrentMixer):
         """Mix along the sequence; see `SequenceMixer`."""
         config = self.config
         sequences = self.sequences(x, context, cache)
-        qkv, gate = self.pack(self.input(x), sequences).split(self.sizes, dim=-1)
+        tokens, N = self.pack(self.input(x), sequences), self.num_heads
+        qkv, gate = tokens.split(self.here(self.sizes), dim=-1)
         qkv = self.convolve(qkv, sequences, cache)
-        query, key, value = qkv.split(self.qkv_sizes, dim=-1)
-        query, key = (each.unflatten(-1, (-1, config.k_head_dim)) for each in (query, key))
-        value = value.unflatten(-1, (-1, config.v_head_dim))
+        query, key, value = qkv.split(self.here(self.qkv_sizes), dim=-1)
+        query = self.heads_here(query, config.num_q_heads, serve=N)
+        key = self.heads_here(key, config.num_k_heads, serve=N)
+        value = self.heads_here(value, config.num_v_heads, serve=N)
 
         # Quoted: some versions of torch cannot trace the making of a union.
         def run(initial: "Tensor | None") -> tuple[Tensor, Tensor]:
@@ -203,8 +225,9 @@ class LinearAttention(RecurrentMixer):
             )
 
         # The state keeps all it has: the logarithm of one.
-        kept = value.new_zeros((*value.shape[:-2], self.num_heads))
+        (here,) = self.here([N])
+        kept = value.new_zeros((*value.shape[:-2], here))
         y = self.recur(run, sequences, cache, kept)
-        gate = gate.unflatten(-1, (-1, config.v_head_dim))
-        gate = gate.repeat_interleave(self.gate_repeats, dim=-2).flatten(-2)
+        gate = self.heads_here(gate, config.num_g_heads, serve=N)
+        gate = gate.repeat_interleave(here // gate.shape[-2], dim=-2).flatten(-2)
         return self.output(self.unpack(self.norm(y.flatten(-2), gate), sequences))

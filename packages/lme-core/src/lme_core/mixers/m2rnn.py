@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lme_core.layers.initialization import Constant, ParameterSpec, linear_std
 from lme_core.layers.linear import Linear
 from lme_core.layers.settings import ModelSettings, Normalization
 from lme_core.mixers.base import LayerCache
-from lme_core.mixers.checks import check_positive, common_heads
+from lme_core.mixers.checks import check_positive, common_heads, head_units
 from lme_core.mixers.decay_gate import DecayGate, DecayGateFields
 from lme_core.mixers.gated_norm import GatedNorm
 from lme_core.mixers.recurrent import RecurrentMixer, RecurrentMixerConfig
@@ -84,16 +84,18 @@ class M2RNNConfig(RecurrentMixerConfig, DecayGateFields):
         Raises:
             ValueError: If a number of heads does not divide it.
         """
-        return common_heads(
-            {
-                "num_q_heads": self.num_q_heads,
-                "num_k_heads": self.num_k_heads,
-                "num_v_heads": self.num_v_heads,
-                "num_f_heads": self.num_f_heads,
-                "num_g_heads": self.num_g_heads,
-                "num_weight_heads": self.num_weight_heads,
-            }
-        )
+        return common_heads(self.head_counts())
+
+    def head_counts(self) -> Mapping[str, int]:
+        """Numbers of heads by their settings' names."""
+        return {
+            "num_q_heads": self.num_q_heads,
+            "num_k_heads": self.num_k_heads,
+            "num_v_heads": self.num_v_heads,
+            "num_f_heads": self.num_f_heads,
+            "num_g_heads": self.num_g_heads,
+            "num_weight_heads": self.num_weight_heads,
+        }
 
     def sizes(self) -> list[int]:
         """Widths of queries, keys, values, forgetting and gates."""
@@ -150,6 +152,16 @@ class Identities:
 class M2RNN(RecurrentMixer):
     """Projection, convolution, recurrence of matrices, gated norm, projection."""
 
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "input": "column",
+        "convolution": "column",
+        "decay_gate": "column",
+        "state_weight": "heads",
+        "D": "column",
+        "norm": "column",
+        "output": "row",
+    }
+
     def __init__(self, config: M2RNNConfig, settings: ModelSettings, kernels: KernelPolicy) -> None:
         """Allocate without initialising.
 
@@ -166,6 +178,10 @@ class M2RNN(RecurrentMixer):
         self.qkv_sizes = sizes[:3]
         self.sizes = [sum(sizes[:3]), *sizes[3:]]
         self.num_heads = N
+        self.shard_sections = {"input": sizes, "convolution": self.qkv_sizes}
+        names = ("num_q_heads", "num_k_heads", "num_v_heads", "num_f_heads", "num_g_heads")
+        widths = (config.k_head_dim, config.k_head_dim, V, 1, V)
+        self.shard_units = head_units(config.head_counts(), dict(zip(names, widths, strict=True)))
         self.input = Linear(
             H, sum(sizes), bias=config.add_bias, std=linear_std(settings, H), mup=True
         )
@@ -203,15 +219,22 @@ class M2RNN(RecurrentMixer):
     def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
         """Mix along the sequence; see `SequenceMixer`."""
         config, N = self.config, self.num_heads
+        (here,) = self.here([N])
         sequences = self.sequences(x, context, cache)
-        qkv, forget, gate = self.pack(self.input(x), sequences).split(self.sizes, dim=-1)
+        tokens = self.pack(self.input(x), sequences)
+        qkv, forget, gate = tokens.split(self.here(self.sizes), dim=-1)
         qkv = self.convolve(qkv, sequences, cache)
         if self.activation is not None:
             qkv = self.activation(qkv)
-        query, key, value = qkv.split(self.qkv_sizes, dim=-1)
-        query, key = (each.unflatten(-1, (-1, config.k_head_dim)) for each in (query, key))
-        value = value.unflatten(-1, (-1, config.v_head_dim))
-        forget = _spread(forget, N, dim=-1)
+        query, key, value = qkv.split(self.here(self.qkv_sizes), dim=-1)
+        query = self.heads_here(query, config.num_q_heads, serve=N)
+        key = self.heads_here(key, config.num_k_heads, serve=N)
+        value = self.heads_here(value, config.num_v_heads, serve=N)
+        forget = self.heads_here(forget, config.num_f_heads, serve=N).flatten(-2)
+        forget = _spread(forget, here, dim=-1)
+        weight = self.state_weight
+        if len(weight) == config.num_weight_heads:
+            weight = self.select_heads(weight, serve=N, dim=0)
         kept = self.decay_gate(forget).exp().to(query.dtype)
 
         # Quoted: some versions of torch cannot trace the making of a union.
@@ -220,7 +243,7 @@ class M2RNN(RecurrentMixer):
                 query,
                 key,
                 value,
-                self.state_weight,
+                weight,
                 kept,
                 initial_state=initial,
                 cu_seqlens=sequences.cu_seqlens,
@@ -230,8 +253,9 @@ class M2RNN(RecurrentMixer):
 
         y = self.recur(run, sequences, cache)
         if self.D is not None:
-            y = y + self.D * _spread(value, N, dim=-2)
-        gates = _spread(gate.unflatten(-1, (-1, config.v_head_dim)), N, dim=-2)
+            y = y + self.D * _spread(value, here, dim=-2)
+        gates = self.heads_here(gate, config.num_g_heads, serve=N)
+        gates = _spread(gates, here, dim=-2)
         y = self.norm(y.flatten(-2), gates.flatten(-2))
         return self.output(self.unpack(y, sequences))
 

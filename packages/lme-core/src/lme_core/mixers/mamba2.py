@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,15 @@ class Mamba2Config(RecurrentMixerConfig, DecayGateFields):
 class Mamba2(RecurrentMixer):
     """Projection, convolution, state space model, gated norm, projection."""
 
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "input": "column",
+        "convolution": "column",
+        "decay_gate": "column",
+        "D": "column",
+        "norm": "column",
+        "output": "row",
+    }
+
     def __init__(
         self, config: Mamba2Config, settings: ModelSettings, kernels: KernelPolicy
     ) -> None:
@@ -142,6 +151,13 @@ class Mamba2(RecurrentMixer):
         # Rows of the projection: gate, then what is convolved (inputs, writers, readers), steps.
         self.sizes = [width, width + 2 * groups, N]
         self.convolved_sizes = [width, groups, groups]
+        self.shard_sections = {
+            "input": [width, *self.convolved_sizes, N],
+            "convolution": self.convolved_sizes,
+        }
+        self.shard_units = {"num_heads": N, "num_groups * state_size": groups}
+        if config.normalize_by_group and config.num_groups > 1:
+            self.shard_units["num_groups"] = config.num_groups
         self.input = Linear(
             H, sum(self.sizes), bias=config.add_bias, std=linear_std(settings, H), mup=True
         )
@@ -180,13 +196,12 @@ class Mamba2(RecurrentMixer):
         """Mix along the sequence; see `SequenceMixer`."""
         sequences = self.sequences(x, context, cache)
         tokens = self.pack(self.input(x), sequences)
-        gate, convolved, dt = tokens.split(self.sizes, dim=-1)
+        gate, convolved, dt = tokens.split(self.here(self.sizes), dim=-1)
         convolved = self.convolve(convolved, sequences, cache)
-        inputs, writers, readers = convolved.split(self.convolved_sizes, dim=-1)
-        inputs = inputs.unflatten(-1, (self.config.num_heads, -1))
-        writers, readers = (
-            each.unflatten(-1, (self.config.num_groups, -1)) for each in (writers, readers)
-        )
+        inputs, writers, readers = convolved.split(self.here(self.convolved_sizes), dim=-1)
+        N, groups = self.config.num_heads, self.config.num_groups
+        inputs = self.heads_here(inputs, N, serve=N)
+        writers, readers = (self.heads_here(each, groups, serve=N) for each in (writers, readers))
         step = self.decay_gate.step(dt).clamp(*self.config.time_step_limit)
         rate = self.decay_gate.rate()
 

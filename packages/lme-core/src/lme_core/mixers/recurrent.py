@@ -1,6 +1,6 @@
 """What recurrent mixers share: how tokens reach their ops, and a cache that does not grow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, cast
 
@@ -83,6 +83,11 @@ def halo_is_here(
     return initial
 
 
+def channels_are_here(x: Tensor) -> Tensor:
+    """Return all channels where none are elsewhere; see `RecurrentMixer.gather_channels`."""
+    return x
+
+
 class Sequences(NamedTuple):
     """How the tokens of a call are handed to ops."""
 
@@ -155,9 +160,11 @@ class RecurrentMixer(SequenceMixer):
     several documents, or are padded in generation, ops get packed tokens and their bounds.
     """
 
-    # Whole on every device: rows of the projections mix parts of different widths.
-    shard_plan: ClassVar[Mapping[str, str] | None] = {}
+    shard_or_whole: ClassVar[bool] = True
 
+    gather_channels: Callable[[Tensor], Tensor]
+    """Puts the channels of all devices together, (..., C) to (..., all C), where heads are cut over
+    them. Public so that it can be replaced."""
     exchange_state: ExchangeState
     """Public so that sequences cut over devices can be served by another function."""
     exchange_halo: ExchangeHalo
@@ -172,6 +179,7 @@ class RecurrentMixer(SequenceMixer):
         super().__init__()
         self.exchange_state = state_is_here
         self.exchange_halo = halo_is_here
+        self.gather_channels = channels_are_here
         self.pack_sequence = kernels.bind(PACK_SEQUENCE)
         self.unpack_sequence = kernels.bind(UNPACK_SEQUENCE)
         self.convolution: Convolution | None = None
@@ -190,6 +198,51 @@ class RecurrentMixer(SequenceMixer):
             shape = (batch_size, channels, width - 1)
             cache.convolution = torch.zeros(shape, device=device, dtype=dtype)
         return cache
+
+    def here(self, sizes: Sequence[int]) -> list[int]:
+        """Say how much of each section of channels is on this device, where all are cut.
+
+        Args:
+            sizes: Lengths of the whole sections.
+        """
+        return [size // self.part[1] for size in sizes]
+
+    def heads_here(self, x: Tensor, heads: int, *, serve: int) -> Tensor:
+        """Turn a section's channels into those of its heads that the heads here need.
+
+        Args:
+            x: Channels that are here, shape (..., C).
+            heads: Heads of the whole section, which divide `serve`: each serves neighbours.
+            serve: Heads of the whole recurrence, a multiple of the number of devices.
+
+        Returns:
+            Shape (..., heads, channels of a head). Their number divides that of the recurrence's
+            heads that are here.
+        """
+        parts = self.part[1]
+        if heads % parts == 0:
+            return x.unflatten(-1, (heads // parts, -1))
+        # Devices that need the same head have parts of it.
+        every = self.gather_channels(x).unflatten(-1, (heads, -1))
+        return self.select_heads(every, serve=serve, dim=-2)
+
+    def select_heads(self, every: Tensor, *, serve: int, dim: int) -> Tensor:
+        """Take of all heads of one kind those that the recurrence's heads here need.
+
+        Args:
+            every: Has all heads of the kind on `dim`.
+            serve: Heads of the whole recurrence, a multiple of the number of devices.
+            dim: Which dim.
+
+        Returns:
+            As `every`, with as many heads on `dim` as `heads_here` says.
+        """
+        (rank, parts), heads = self.part, every.shape[dim]
+        if heads % parts == 0 or parts % heads == 0:
+            return every.narrow(dim, rank * heads // parts, max(heads // parts, 1))
+        here = serve // parts
+        spread = every.repeat_interleave(serve // heads, dim=dim)
+        return spread.narrow(dim, rank * here, here)
 
     def sequences(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Sequences:
         """Say how the tokens of a call are handed to ops.

@@ -1,6 +1,6 @@
 """The recurrence of Elman, with a matrix a head, a gate and a norm."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,15 +29,17 @@ class RNNConfig(VectorRecurrenceFields):
         self.check_fields()
         self.num_heads()
 
+    def head_counts(self) -> Mapping[str, int]:
+        """Numbers of heads by their settings' names."""
+        return {"num_input_heads": self.num_input_heads, "num_weight_heads": self.num_weight_heads}
+
     def num_heads(self) -> int:
         """Heads of the recurrence.
 
         Raises:
             ValueError: If a number of heads does not divide it.
         """
-        return common_heads(
-            {"num_input_heads": self.num_input_heads, "num_weight_heads": self.num_weight_heads}
-        )
+        return common_heads(self.head_counts())
 
     def forward_flops(self, settings: ModelSettings, sequence_length: int) -> float:
         """Floating-point operations of a forward pass, per token, of the products.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from lme_core.layers.initialization import Normal, ParameterSpec, linear_std
 from lme_core.layers.linear import Linear
 from lme_core.layers.settings import ModelSettings, Normalization
 from lme_core.mixers.base import LayerCache
-from lme_core.mixers.checks import check_positive
+from lme_core.mixers.checks import check_positive, head_units
 from lme_core.mixers.gated_norm import GatedNorm
 from lme_core.mixers.recurrent import RecurrentMixer, RecurrentMixerConfig, Sequences
 from lme_core.mixers.short_convolution import (
@@ -54,6 +55,10 @@ class VectorRecurrenceFields(RecurrentMixerConfig):
         check_kernel_size(self.kernel_size)
         check_plain_activation(self.activation_function)
 
+    def head_counts(self) -> Mapping[str, int]:
+        """Numbers of heads by their settings' names."""
+        raise NotImplementedError
+
     def products(
         self, hidden_size: int, input_heads: Sequence[int], weights: int, num_heads: int
     ) -> float:
@@ -73,6 +78,14 @@ class VectorRecurrenceFields(RecurrentMixerConfig):
 
 class VectorRecurrence(RecurrentMixer):
     """Projection, convolution, recurrence, gated norm, projection."""
+
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "input": "column",
+        "convolution": "column",
+        "state_weight": "heads",
+        "norm": "column",
+        "output": "row",
+    }
 
     def __init__(
         self,
@@ -100,7 +113,11 @@ class VectorRecurrence(RecurrentMixer):
         self.head_size = D
         # Rows of the projection: inputs, one after the other, then the gate of the output.
         self.sizes = [*(heads * D for heads in input_heads), width]
+        self.input_heads = [*input_heads]
         self.weight_heads = [*weight_heads]
+        self.shard_sections = {"input": self.sizes, "state_weight": self.weight_heads}
+        counts = config.head_counts()
+        self.shard_units = head_units(counts, dict.fromkeys(counts, D))
         self.input = Linear(
             H, sum(self.sizes), bias=config.add_bias, std=linear_std(settings, H), mup=True
         )
@@ -153,12 +170,16 @@ class VectorRecurrence(RecurrentMixer):
     def forward(self, x: Tensor, context: SequenceContext, cache: LayerCache | None) -> Tensor:
         """Mix along the sequence; see `SequenceMixer`."""
         sequences = self.sequences(x, context, cache)
-        candidate, *others, gate = self.pack(self.input(x), sequences).split(self.sizes, dim=-1)
+        tokens = self.pack(self.input(x), sequences)
+        candidate, *others, gate = tokens.split(self.here(self.sizes), dim=-1)
         candidate = self.convolve(candidate, sequences, cache)
         if self.activation is not None:
             candidate = self.activation(candidate)
-        inputs = [each.unflatten(-1, (-1, self.head_size)) for each in (candidate, *others)]
-        weights = self.state_weight.split(self.weight_heads)
+        inputs = [
+            self.heads_here(each, heads, serve=self.num_heads)
+            for each, heads in zip((candidate, *others), self.input_heads, strict=True)
+        ]
+        weights = self._weights_here()
 
         # Quoted: some versions of torch cannot trace the making of a union.
         def run(initial: "Tensor | None") -> tuple[Tensor, Tensor]:
@@ -166,3 +187,12 @@ class VectorRecurrence(RecurrentMixer):
 
         y = self.recur(run, sequences, cache)
         return self.output(self.unpack(self.norm(y.flatten(-2), gate), sequences))
+
+    def _weights_here(self) -> Sequence[Tensor]:
+        """Matrices of the heads that are here."""
+        if len(self.state_weight) < sum(self.weight_heads):
+            return self.state_weight.split(self.here(self.weight_heads))
+        return [
+            self.select_heads(each, serve=self.num_heads, dim=0)
+            for each in self.state_weight.split(self.weight_heads)
+        ]

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from lme_parallel.tensor.collectives import (
     Group,
+    average_within,
     copy_in,
     gather_in,
     gather_whole,
@@ -21,7 +21,8 @@ from lme_parallel.tensor.collectives import (
     silent,
     sum_out,
 )
-from lme_parallel.tensor.plan import STYLES, Cut, Stretch, TensorPlan, children_of
+from lme_parallel.tensor.cut import Cut
+from lme_parallel.tensor.plan import STYLES, Stretch, TensorPlan, children_of
 from lme_parallel.tensor.vocabulary import GatheredLogits, Lookup, VocabularyPart
 
 
@@ -41,7 +42,7 @@ def apply_plan(
     for stretch in plan.stretches:
         _cross(stretch, group, sequence_parallel=sequence_parallel)
         if stretch.is_cut:
-            _tell_parts(stretch.module, group)
+            _serve_heads(stretch.module, group)
             if group.rank > 0:
                 _silence_biases(stretch.module)
     _serve_vocabulary(model, plan, group)
@@ -66,8 +67,7 @@ def _cut_parameters(model: nn.Module, plan: TensorPlan) -> None:
 
 
 def _cut_parameter(whole: nn.Parameter, cut: Cut) -> nn.Parameter:
-    local = whole.detach()[cut.region].clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(local, requires_grad=whole.requires_grad)
+    return nn.Parameter(cut.take(whole.detach()), requires_grad=whole.requires_grad)
 
 
 def _cross(stretch: Stretch, group: Group, *, sequence_parallel: bool) -> None:
@@ -105,11 +105,18 @@ def _share(value: Any, *, group: Group) -> Any:  # a leaf of a result
     return value
 
 
-def _tell_parts(module: nn.Module, group: Group) -> None:
-    """Tell modules that number their heads which of them are here."""
+def _serve_heads(module: nn.Module, group: Group) -> None:
+    """Tell modules which of their heads are here, and let them ask for what others have."""
     for each in _modules(module):
         if hasattr(each, "part"):
             each.part = (group.rank, group.size)
+        if hasattr(each, "gather_channels"):
+            each.gather_channels = partial(gather_in, group=group, dim=-1)
+        for name, _, _ in children_of(each):
+            child = getattr(each, name)
+            # A norm that is cut; one that is not has all its channels here.
+            if hasattr(child, "average_channels"):
+                child.average_channels = partial(average_within, group=group)
 
 
 def _modules(module: nn.Module) -> Iterator[Any]:

@@ -59,6 +59,11 @@ def sum_out(x: Tensor, group: Group) -> Tensor:
     return _Pair.apply(x, group.all_reduce, _same)
 
 
+def average_within(x: Tensor, group: Group) -> Tensor:
+    """Average what each has of its part, for the work of all parts; so are the gradients."""
+    return _Pair.apply(x, _Averaged(group), _Averaged(group))
+
+
 def gather_in(x: Tensor, group: Group, *, dim: int = 1) -> Tensor:
     """Hand parts of a sequence, together, to a part of the work; their gradients are summed."""
     return _Pair.apply(x, _Along(group, "all_gather", dim), _Along(group, "reduce_scatter", dim))
@@ -112,6 +117,14 @@ class _Divided:
 
     def __call__(self, x: Tensor) -> Tensor:
         return x / self.size
+
+
+@dataclass(frozen=True, slots=True)
+class _Averaged:
+    group: Group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce(x) / self.group.size
 
 
 class _Pair(torch.autograd.Function):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lme_parallel.materialize import InitialValue
 from lme_parallel.placement import Placement
-from lme_parallel.shards import Box, Region, Shard
+from lme_parallel.shards import Region, Shard
 from lme_parallel.tensor.collectives import Group
-from lme_parallel.tensor.plan import Cut, TensorPlan
+from lme_parallel.tensor.cut import Cut
+from lme_parallel.tensor.plan import TensorPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ class CutValues:
         cut = self.cuts.get(name)
         if cut is None:
             return self.initial_value(name, region)
-        return self.initial_value(name, cut.region if region is None else _moved(region, cut))
+        places = cut.regions if region is None else tuple(cut.moved(region))
+        parts = [self.initial_value(name, place) for place in places]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
 
 
 class CutParameters:
@@ -111,13 +114,5 @@ class CutParameters:
         cut = self._plan.cuts.get(name)
         if cut is None:
             return Shard(shard.shape, shard.boxes, shard.is_owner and self._group.rank == 0)
-        boxes = tuple(Box(_moved(box.region, cut), box.start) for box in shard.boxes)
+        boxes = tuple(each for box in shard.boxes for each in cut.boxes(box))
         return Shard(cut.shape, boxes, shard.is_owner)
-
-
-def _moved(region: Region, cut: Cut) -> Region:
-    """Count a region of what is here in elements of the whole."""
-    return tuple(
-        slice(each.start + start.start, each.stop + start.start)
-        for each, start in zip(region, cut.region, strict=True)
-    )

@@ -3,13 +3,16 @@
 Arithmetic on a model that may be on meta: nothing is changed and no process is asked.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import nn
 
-from lme_parallel.shards import Region
+from lme_parallel.tensor.cut import Cut, even_runs
+
+logger = logging.getLogger(__name__)
 
 # Rows of a vocabulary come in multiples of this where there are enough: matrix units like it.
 _VOCABULARY_STEP = 64
@@ -31,30 +34,14 @@ STYLES: Mapping[str, Style] = MappingProxyType(
     {
         "column": Style(0, 0, False),
         "row": Style(1, None, True),
+        "heads": Style(0, 0, False),
         "vocab": Style(0, 0, False),
         "expert_column": Style(1, 1, False),
         "expert_row": Style(2, None, True),
     }
 )
-"""By the name that a `shard_plan` gives."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Which part of a parameter is here."""
-
-    shape: tuple[int, ...]
-    """Of the whole parameter."""
-    dim: int
-    start: int
-    stop: int
-
-    @property
-    def region(self) -> Region:
-        """What is here, in elements of the whole."""
-        bounds = [(0, size) for size in self.shape]
-        bounds[self.dim] = (self.start, self.stop)
-        return tuple(slice(*each) for each in bounds)
+"""By the name that a `shard_plan` gives. `heads` is `column` where every section of the rows can be
+cut evenly; else all processes have all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +77,10 @@ def read_plan(model: nn.Module, size: int, rank: int, *, sequence_parallel: bool
     """Read what tensor parallelism does to a model.
 
     Args:
-        model: With `blocks`; modules say in `shard_plan` how their children are cut, and in
-            `shard_units` what must be divided, by the name of the setting. Not changed.
+        model: With `blocks`; modules say in `shard_plan` how their children and parameters are cut,
+            in `shard_units` what must be divided, by the name of the setting, and in
+            `shard_sections` which lengths follow each other on dim 0 of those whose parts are cut
+            one by one. Not changed.
         size: Processes of the group.
         rank: Number of this one.
         sequence_parallel: Whether the sequence is cut between the modules.
@@ -132,12 +121,26 @@ def read_plan(model: nn.Module, size: int, rank: int, *, sequence_parallel: bool
 
 
 def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield name, child and style of what a module's own `shard_plan` names and it has."""
-    plan: Mapping[str, str] = getattr(module, "shard_plan", None) or {}
-    for name, style in plan.items():
+    """Yield name, child and style of the modules that a module's own `shard_plan` names."""
+    for name, style in _plan_of(module).items():
         child = getattr(module, name, None)
         if isinstance(child, nn.Module):
             yield name, child, style
+
+
+def _plan_of(module: nn.Module) -> Mapping[str, str]:
+    return getattr(module, "shard_plan", None) or {}
+
+
+def _planned(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield what a module's own `shard_plan` cuts: its key, the parameter's name and itself."""
+    for key in _plan_of(module):
+        child = getattr(module, key, None)
+        if isinstance(child, nn.Parameter):
+            yield key, key, child
+        elif isinstance(child, nn.Module):
+            for leaf, parameter in child.named_parameters():
+                yield key, f"{key}.{leaf}", parameter
 
 
 def _outermost(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -162,23 +165,46 @@ def _stretch(path: str, module: nn.Module, cuts: Mapping[str, Cut]) -> Stretch:
 
 
 def _cuts_below(path: str, module: nn.Module, size: int, rank: int) -> dict[str, Cut]:
+    if not _divides(path, module, size):
+        return {}
     cuts = {}
+    for inner, each in module.named_modules(prefix=path):
+        sections: Mapping[str, Sequence[int]] = getattr(each, "shard_sections", None) or {}
+        for key, name, parameter in _planned(each):
+            full, style = f"{inner}.{name}", _plan_of(each)[key]
+            dim = _dim(style, name.rpartition(".")[-1], f"{inner}.{key}")
+            if dim is None:
+                continue
+            lengths = sections.get(key, (parameter.shape[dim],)) if dim == 0 else None
+            if style == "heads" and any(length % size for length in lengths or ()):
+                continue
+            cuts[full] = _even_cut(full, tuple(parameter.shape), dim, lengths, size, rank)
+        _check_expert_bias(inner, each)
+    return cuts
+
+
+def _divides(path: str, module: nn.Module, size: int) -> bool:
+    """Return whether a module can be cut, or warn that it stays whole, or refuse."""
     for inner, each in module.named_modules(prefix=path):
         units: Mapping[str, int] = getattr(each, "shard_units", None) or {}
         for setting, count in units.items():
-            if count % size:
+            if count % size == 0:
+                continue
+            what = f"`{setting}` of {type(each).__name__} (`{inner}`)"
+            if not getattr(module, "shard_or_whole", False):
                 raise ValueError(
-                    f"`{setting}` of {type(each).__name__} (`{inner}`) must be a multiple of"
-                    f" `tensor_parallel_world_size` ({size}), got {count}"
+                    f"{what} must be a multiple of `tensor_parallel_world_size` ({size}), got"
+                    f" {count}"
                 )
-        for name, child, style in children_of(each):
-            for leaf, parameter in child.named_parameters():
-                dim = _dim(style, leaf, f"{inner}.{name}")
-                if dim is not None:
-                    full = f"{inner}.{name}.{leaf}"
-                    cuts[full] = _even_cut(full, tuple(parameter.shape), dim, size, rank)
-        _check_expert_bias(inner, each)
-    return cuts
+            logger.warning(
+                "%s is %d and no multiple of `tensor_parallel_world_size` (%d): every process"
+                " computes and keeps all of this module",
+                what,
+                count,
+                size,
+            )
+            return False
+    return True
 
 
 def _dim(style: str, leaf: str, path: str) -> int | None:
@@ -208,14 +234,27 @@ def _check_expert_bias(path: str, module: nn.Module) -> None:
             )
 
 
-def _even_cut(name: str, shape: tuple[int, ...], dim: int, size: int, rank: int) -> Cut:
-    if shape[dim] % size:
+def _even_cut(
+    name: str,
+    shape: tuple[int, ...],
+    dim: int,
+    sections: Sequence[int] | None,
+    size: int,
+    rank: int,
+) -> Cut:
+    lengths = (shape[dim],) if sections is None else tuple(sections)
+    if sum(lengths) != shape[dim]:
         raise ValueError(
-            f"dim {dim} of `{name}`, {shape[dim]}, must be a multiple of"
-            f" `tensor_parallel_world_size` ({size})"
+            f"`shard_sections` of `{name}` must add up to its {shape[dim]} rows, got {lengths}"
         )
-    length = shape[dim] // size
-    return Cut(shape, dim, rank * length, (rank + 1) * length)
+    for length in lengths:
+        if length % size:
+            part = "" if len(lengths) == 1 else f"a section of {length} on "
+            raise ValueError(
+                f"{part}dim {dim} of `{name}`, {shape[dim]}, must be a multiple of"
+                f" `tensor_parallel_world_size` ({size})"
+            )
+    return Cut(shape, dim, even_runs(lengths, size, rank))
 
 
 def _vocabulary_cuts(model: nn.Module, size: int, rank: int) -> tuple[int, int, dict[str, Cut]]:
@@ -227,7 +266,7 @@ def _vocabulary_cuts(model: nn.Module, size: int, rank: int) -> tuple[int, int, 
             V = parameter.shape[0]
             rows = vocabulary_rows(V, size)
             bounds = min(rank * rows, V), min((rank + 1) * rows, V)
-            cuts[f"{name}.{leaf}"] = Cut(tuple(parameter.shape), 0, *bounds)
+            cuts[f"{name}.{leaf}"] = Cut(tuple(parameter.shape), 0, (bounds,))
     return V, rows, cuts
 
 
