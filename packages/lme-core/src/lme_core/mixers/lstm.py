@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +70,8 @@ class LSTMConfig(VectorRecurrenceFields):
 
 class LSTM(VectorRecurrence):
     """Long short-term memory in every head; rows go candidate, forget, input, output."""
+
+    state_heads_dim: ClassVar[int] = 1
 
     def __init__(self, config: LSTMConfig, settings: ModelSettings, kernels: KernelPolicy) -> None:
         """Allocate without initialising.

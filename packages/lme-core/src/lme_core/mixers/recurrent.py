@@ -165,6 +165,9 @@ class RecurrentMixer(SequenceMixer):
     gather_channels: Callable[[Tensor], Tensor]
     """Puts the channels of all devices together, (..., C) to (..., all C), where heads are cut over
     them. Public so that it can be replaced."""
+    state_heads_dim: ClassVar[int] = 0
+    """Which dim of `state_shape` is that of the heads."""
+
     exchange_state: ExchangeState
     """Public so that sequences cut over devices can be served by another function."""
     exchange_halo: ExchangeHalo

@@ -25,7 +25,8 @@ def cut_recurrence(mixer: Any, layout: Layout, group: Group, ring: Ring) -> None
     after it: a state goes along the sequence once.
 
     Args:
-        mixer: Has `exchange_state`, `exchange_halo` and `state_shape`. Changed in place.
+        mixer: Has `exchange_state`, `exchange_halo`, `state_shape`, `state_heads_dim` and `part`.
+            Changed in place.
         layout: How sequences are cut.
         group: The processes.
         ring: The same, for messages between neighbours.
@@ -45,13 +46,22 @@ def cut_recurrence(mixer: Any, layout: Layout, group: Group, ring: Ring) -> None
             )
         if layout.is_balanced:
             x = to_contiguous(x, layout, group)
-        exchange.begin(x, context.cu_seqlens, mixer.state_shape)
+        exchange.begin(x, context.cu_seqlens, _state_shape(mixer))
         if context.cu_seqlens is not None:
             context = replace(context, cu_seqlens=exchange.segments.bounds)
         y = forward(x, context, None)
         return from_contiguous(y, layout, group) if layout.is_balanced else y
 
     mixer.forward = cut
+
+
+def _state_shape(mixer: Any) -> tuple[int, ...]:  # of the seam
+    """Shape of the state of one sequence, as far as this process has its heads."""
+    if mixer.state_shape is None:
+        return ()
+    shape = list(mixer.state_shape)
+    shape[mixer.state_heads_dim] //= mixer.part[1]
+    return tuple(shape)
 
 
 class _Exchange:
@@ -62,9 +72,7 @@ class _Exchange:
         self._group = group
         self._ring = ring
 
-    def begin(
-        self, x: Tensor, cu_seqlens: Tensor | None, state_shape: tuple[int, ...] | None
-    ) -> None:
+    def begin(self, x: Tensor, cu_seqlens: Tensor | None, state_shape: tuple[int, ...]) -> None:
         """Take note of what the mixer is called with.
 
         Args:
@@ -74,7 +82,7 @@ class _Exchange:
         """
         B, C = x.shape[:2]
         self.segments = Segments.of(B, C, cu_seqlens, self._layout)
-        self._state_shape = (B, *(state_shape or ()))
+        self._state_shape = (B, *state_shape)
         self._dtype = torch.promote_types(x.dtype, torch.float32)
         self._device = x.device
 
