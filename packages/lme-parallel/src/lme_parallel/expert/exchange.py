@@ -52,8 +52,6 @@ class Exchange:
     experts: int
     """Experts of each process."""
 
-    # A compiler would have to know how many tokens come.
-    @torch.compiler.disable
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Dispatched:
         """Send each token to the processes of its experts; every process calls it.
 
@@ -89,7 +87,6 @@ class Exchange:
             receipt,
         )
 
-    @torch.compiler.disable
     def combine(self, y: Tensor, receipt: Receipt) -> Tensor:
         """Bring results back and add up those of a token; every process calls it.
 

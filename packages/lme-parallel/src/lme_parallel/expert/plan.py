@@ -3,7 +3,7 @@
 Arithmetic on a model that may be on meta: nothing is changed and no process is asked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,7 +20,9 @@ class ExpertLayer:
     experts: int
     """Of the whole layer."""
     parameters: tuple[str, ...]
-    """Full names of those that are cut."""
+    """Full names of those by experts."""
+    common: tuple[str, ...]
+    """Full names of those beside them that all experts share."""
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -30,15 +32,14 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         model: Modules say in `shard_plan` which of their children are by experts.
     """
     for path, module in model.named_modules():
-        plan = getattr(module, "shard_plan", None) or {}
-        if EXPERT_STYLES & set(plan.values()):
+        if EXPERT_STYLES & set(_plan(module).values()):
             yield path, module
 
 
 def expert_parameters(model: nn.Module) -> Iterator[str]:
     """Yield the full names of the parameters whose dim 0 is by experts."""
     for path, module in expert_modules(model):
-        yield from (name for name, _ in module.named_parameters(prefix=path))
+        yield from _by_expert(path, module)
 
 
 def read_layers(model: nn.Module, size: int) -> tuple[ExpertLayer, ...]:
@@ -69,18 +70,12 @@ def _read_layer(model: nn.Module, path: str, module: nn.Module, size: int) -> Ex
             f" (`{path}`): no module above it has `dispatch` and `combine`; use"
             " `expert_parallel_world_size: 1`"
         )
-    named = dict(module.named_parameters(prefix=path))
-    by_expert = {
-        f"{path}.{child}.{leaf}"
-        for child, style in module.shard_plan.items()
-        if style in EXPERT_STYLES and isinstance(getattr(module, child, None), nn.Module)
-        for leaf, _ in getattr(module, child).named_parameters()
-    }
-    counts = {each.shape[0] for each in named.values()}
-    if named.keys() != by_expert or len(counts) != 1:
+    by_expert = _by_expert(path, module)
+    counts = {each.shape[0] for each in by_expert.values()}
+    if len(counts) != 1:
         raise ValueError(
-            f"dim 0 of every parameter of {type(module).__name__} (`{path}`) must be by experts,"
-            f" as its `shard_plan` says; got {sorted(named)}"
+            f"parameters by experts must have as many on dim 0; those of {type(module).__name__}"
+            f" (`{path}`) have {sorted(counts)}"
         )
     (count,) = counts
     if count % size:
@@ -88,7 +83,22 @@ def _read_layer(model: nn.Module, path: str, module: nn.Module, size: int) -> Ex
             f"`num_experts` of `{owner}` must be a multiple of `expert_parallel_world_size`"
             f" ({size}), got {count}; change one of them"
         )
-    return ExpertLayer(owner, count, tuple(named))
+    named = (name for name, _ in module.named_parameters(prefix=path))
+    common = tuple(name for name in named if name not in by_expert)
+    return ExpertLayer(owner, count, tuple(by_expert), common)
+
+
+def _by_expert(path: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    found = {}
+    for name, style in _plan(module).items():
+        child = getattr(module, name, None)
+        if style in EXPERT_STYLES and isinstance(child, nn.Module):
+            found.update(child.named_parameters(prefix=f"{path}.{name}"))
+    return found
+
+
+def _plan(module: nn.Module) -> Mapping[str, str]:
+    return getattr(module, "shard_plan", None) or {}
 
 
 def _exchanges(module: nn.Module) -> bool:

@@ -64,6 +64,14 @@ def check_expert_parallel(
             " experts, and this one has none; use `expert_parallel_world_size: 1`, or a"
             " `mlp_type: MoE`"
         )
+    common = [name for layer in layers for name in layer.common]
+    if common and args.fsdp_algorithm is not None:
+        raise ValueError(
+            f"`fsdp_algorithm: {args.fsdp_algorithm}` with `expert_parallel_world_size:"
+            f" {args.expert_parallel_world_size}` cannot place what all experts of a layer share,"
+            f" `{common[0]}`; use another `activation_function`, or `stage: 0` and"
+            " `fsdp_algorithm: null`"
+        )
     return layers
 
 
@@ -90,7 +98,9 @@ def apply_expert_parallel(
             cuts[name] = _cut(model, name, start, start + count)
         exchange = Exchange(group, topology.expert, count)
         module: Any = model.get_submodule(layer.path)  # its attributes only the seam knows
-        module.dispatch, module.combine = exchange.dispatch, exchange.combine
+        # A compiler cannot know how many tokens will come.
+        module.dispatch = torch.compiler.disable(exchange.dispatch)
+        module.combine = torch.compiler.disable(exchange.combine)
     return ExpertParallel(cuts)
 
 
