@@ -280,18 +280,45 @@ def test_stages_of_a_pipeline_make_the_whole():
         mlp_blocks=(replace(CONFIG.mlps()[0], dropout=0.3),),
     )
     whole = build(config)
-    first, last = copy.deepcopy(whole), copy.deepcopy(whole)
-    for name in ("2", "3"):
-        del first.blocks[name]
-    del first.final_norm, first.lm_head
-    for name in ("0", "1"):
-        del last.blocks[name]
-    del last.embedding
+    first, last = stages(whole, [(0, 1), (2, 3)])
     batch = training_batch()
-    x, _ = first.run_blocks(first.embed(batch), first.context(batch))
-    x, _ = last.run_blocks(x, last.context(batch))
-    nll = last.head(x, batch["labels"]).nll_sum
-    assert torch.equal(nll, whole(batch, logits=False).nll_sum)
+    tensors, before = first.forward_part(batch, None, (0, 1), is_last=False, logits=False)
+    assert before.logits is None
+    assert before.nll_sum == 0
+    nothing, after = last.forward_part(batch, tensors, (2, 3), is_last=True, logits=False)
+    assert nothing == ()
+    assert torch.equal(after.nll_sum, whole(batch, logits=False).nll_sum)
+    with pytest.raises(ValueError, match="losses, not logits"):
+        last.forward_part(batch, tensors, (2, 3), is_last=True)
+
+
+def stages(whole, layers):
+    """Copies without what `part_ends` says that a stage does not need."""
+    ends = whole.part_ends()
+    made = []
+    for index, kept in enumerate(layers):
+        part = copy.deepcopy(whole)
+        needed = {*(ends[0] if index == 0 else ()), *(ends[1] if index == len(layers) - 1 else ())}
+        for name in {*ends[0], *ends[1]} - needed:
+            setattr(part, name, None)
+        for layer in set(part.blocks) - {str(each) for each in kept}:
+            del part.blocks[layer]
+        made.append(part)
+    return made
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_work_of_parts_is_two_operations_for_each_element_of_their_matrices(tied):
+    model = build(replace(CONFIG, tie_word_embeddings=tied))
+    embedding, blocks, head = model.part_costs()
+    assert head == 2 * model.embedding.weight.numel()
+    assert embedding < head
+    attention, mlp = model.blocks["0"].sequence_mixer, model.blocks["0"].mlp
+    matrices = [each for part in (attention, mlp) for each in part.parameters() if each.ndim == 2]
+    # One key is all that a token of a sequence of one sees.
+    scores = 4 * CONFIG.hidden_size
+    assert blocks[0] == 2 * sum(each.numel() for each in matrices) + scores
+    assert model.part_ends()[1][1] == ("embedding" if tied else "lm_head")
 
 
 COMPILED = {

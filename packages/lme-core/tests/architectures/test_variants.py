@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lme_core.architectures.stream import Stream
 from lme_core.config import from_dict, to_dict
 from lme_core.flops import count_parameters, flops_per_token
 from lme_core.generation import generate, left_pad, next_logits
@@ -293,20 +292,16 @@ def test_slices_at_every_layer_make_the_whole(config):
         first, last = copy.deepcopy(model), copy.deepcopy(model)
         for layer in range(LAYERS):
             del (last if layer < cut else first).blocks[str(layer)]
-        stream, before = first.run_blocks(first.embed(batch), first.context(batch))
-        # What goes over the wire: tensors, in a flat list.
-        x, *carried = stream
-        stream = Stream(x, *carried)
-        assert all(each.shape[:2] == batch["input_ids"].shape for each in stream.carried)
-        stream, after = last.run_blocks(stream, last.context(batch))
-        assert torch.equal(last.head(stream, batch["labels"]).nll_sum, whole.nll_sum)
-        for name, loss in after.losses.items():
-            total = loss + before.losses.get(name, 0.0)
+        tensors, before = first.forward_part(batch, None, range(cut), is_last=False, logits=False)
+        assert all(each.shape[:2] == batch["input_ids"].shape for each in tensors)
+        _, after = last.forward_part(batch, tensors, range(cut, LAYERS), is_last=True, logits=False)
+        assert torch.equal(after.nll_sum, whole.nll_sum)
+        for name in whole_losses(after):
+            total = after.auxiliary[name] + before.auxiliary.get(name, 0.0)
             torch.testing.assert_close(total, whole.auxiliary[name], rtol=1e-12, atol=0)
-        merged = {**before.statistics, **after.statistics}
-        assert merged.keys() == whole.auxiliary.keys() - whole_losses(whole)
-        for name, value in merged.items():
-            assert torch.equal(value, whole.auxiliary[name])
+        merged = {**before.auxiliary, **after.auxiliary}
+        for name in whole.auxiliary.keys() - whole_losses(whole):
+            assert torch.equal(merged[name], whole.auxiliary[name])
 
 
 def whole_losses(outputs):

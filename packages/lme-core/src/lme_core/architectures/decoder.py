@@ -1,7 +1,7 @@
 """A decoder: embedding, blocks by layer, norm, head; whole or a slice of it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -112,8 +112,8 @@ class MixerBlock(Block):
 class Decoder(nn.Module):
     """Embedding, blocks keyed by layer, final norm and head.
 
-    A pipeline stage is a copy of which some blocks, `embedding` or `final_norm` and `lm_head` were
-    taken away: `embed`, `run_blocks` and `head` touch only what they need.
+    A pipeline stage is a copy of which some blocks, and the modules that `part_ends` names at the
+    end or ends it has not, were taken away: `forward_part` touches only what it needs.
     """
 
     linear_nll: Callable[..., Tensor]
@@ -191,6 +191,62 @@ class Decoder(nn.Module):
         further = {**auxiliary.losses, **auxiliary.statistics}
         return DecoderOutputs(head.logits, head.nll_sum, further)
 
+    def forward_part(
+        self,
+        batch: Batch,
+        tensors: tuple[Tensor, ...] | None,
+        layers: Sequence[int],
+        *,
+        is_last: bool,
+        logits: bool = True,
+    ) -> tuple[tuple[Tensor, ...], DecoderOutputs]:
+        """Run some of the layers: a pipeline stage.
+
+        Args:
+            batch: As of `forward`, in every stage.
+            tensors: The stream from the stage before, `x` and what it carries; `None` for the
+                first stage, which looks tokens up.
+            layers: Which, in order.
+            is_last: Whether the head comes after them.
+            logits: As of `forward`; only the loss can be had.
+
+        Returns:
+            The stream for the next stage, nothing after the last; the loss, 0 before the last
+            stage, and further losses and statistics of these layers.
+
+        Raises:
+            ValueError: If logits are asked for.
+        """
+        if logits:
+            raise ValueError("stages of a pipeline give losses, not logits: pass `logits=False`")
+        stream = self.embed(batch) if tensors is None else Stream(tensors[0], tuple(tensors[1:]))
+        stream, auxiliary = self.run_blocks(stream, self.context(batch), layers=layers)
+        further = {**auxiliary.losses, **auxiliary.statistics}
+        if is_last:
+            return (), DecoderOutputs(None, self.head(stream, batch["labels"]).nll_sum, further)
+        dtype = torch.promote_types(stream.x.dtype, torch.float32)
+        nothing = stream.x.new_zeros((), dtype=dtype)
+        return (stream.x, *stream.carried), DecoderOutputs(None, nothing, further)
+
+    def part_ends(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Name the modules that only the first, and that only the last pipeline stage needs."""
+        head = "embedding" if self.lm_head is None else "lm_head"
+        return ("embedding", "position_embedding"), ("final_norm", head)
+
+    def part_costs(self) -> tuple[float, tuple[float, ...], float]:
+        """Work of the embedding, of each block and of the head, by which stages are cut.
+
+        Returns:
+            Floating-point operations of a forward pass per token, of short sequences.
+        """
+        config = self.config
+        blocks = tuple(
+            mixer.forward_flops(config, 1) + mlp.forward_flops(config, 1)
+            for mixer, mlp in zip(config.mixers(), config.mlps(), strict=True)
+        )
+        # Looking up copies one row.
+        return config.hidden_size, blocks, 2.0 * config.hidden_size * config.vocab_size
+
     def embed(self, batch: Batch) -> Stream:
         """Look up tokens and, where they are learned, positions.
 
@@ -248,20 +304,27 @@ class Decoder(nn.Module):
         )
 
     def run_blocks(
-        self, stream: Stream, context: SequenceContext, cache: DecoderCache | None = None
+        self,
+        stream: Stream,
+        context: SequenceContext,
+        cache: DecoderCache | None = None,
+        *,
+        layers: Sequence[int] | None = None,
     ) -> tuple[Stream, Auxiliary]:
-        """Run the blocks that are here, in order.
+        """Run the blocks that are here, or some of them, in order.
 
         Args:
             stream: From `embed`, or from the blocks of the stage before.
             context: From `context`.
             cache: In generation.
+            layers: Which; `None`: all that are here.
 
         Returns:
             The stream after them, and the further losses and statistics of these blocks.
         """
         auxiliary = no_auxiliary()
-        for name, block in self.blocks.items():
+        for name in self.blocks if layers is None else map(str, layers):
+            block = self.blocks[name]
             layer_cache = None if cache is None else cache.layers[name]
             stream, more = block(stream, context.at_layer(int(name)), layer_cache)
             auxiliary = add_layer(auxiliary, name, more)
