@@ -34,10 +34,10 @@ def parallelize(
 ) -> DistributedRuntime:
     """Prepare a plain model for its devices and return what runs it.
 
-    The order is: axes that change the model, recomputation, compilation, placement over the data-parallel
-    processes, memory and first values, lower-precision copies. With several processes a process
-    group must exist,
-    and every process calls this at the same time.
+    The order is: the stages of a pipeline, axes that change the model, recomputation, compilation,
+    placement over the data-parallel processes, memory and first values, lower-precision copies.
+    With several processes a process group must exist, and every process calls this at the same
+    time.
 
     Args:
         model: Has `blocks`, keyed by layer index as a string; usually on meta. Changed in place.
@@ -56,17 +56,22 @@ def parallelize(
         The runtime, whose `model` computes in `dtype`.
 
     Raises:
-        ValueError: If a setting does not fit the model or is not supported, naming it.
+        ValueError: If a setting does not fit the model naming it.
     """
-    _check_supported(topology)
+    num_layers = len(_blocks(model))
     if dtype == torch.float16 and scaler is None:
         raise ValueError("`dtype` torch.float16 needs a `scaler`, or small gradients vanish")
+    plan = None
+    if topology.pipeline > 1:
+        from lme_parallel.pipeline.setup import cut_model  # noqa: PLC0415 (for the axis in use)
+
+        plan = cut_model(model, topology, args)
     blocks = _blocks(model)
     appliers = check_axes(model, topology, args, device=device, compile_backend=compile_backend)
     mesh = _make_mesh(topology, device)
     axes = AppliedAxes([apply(mesh) for apply in appliers] if mesh is not None else [])
     initial_value = axes.values(initial_value)
-    apply_recompute(blocks, args)
+    apply_recompute(blocks, args, num_layers=num_layers)
     if args.torch_compile:
         apply_compile(blocks.values(), backend=compile_backend)
     if mesh is None:
@@ -74,6 +79,11 @@ def parallelize(
             model, device=device, dtype=dtype, initial_value=initial_value, masters=masters
         )
         return DistributedRuntime(model, placement, device=device, scaler=scaler)
+    forward = None
+    if plan is not None:
+        from lme_parallel.pipeline.setup import serve_parts  # noqa: PLC0415 (for the axis in use)
+
+        forward = serve_parts(model)
     placement = place_over(
         mesh,
         model,
@@ -84,13 +94,21 @@ def parallelize(
         initial_value=initial_value,
         masters=masters,
     )
+    placement = axes.place(placement)
+    pipeline = None
+    if plan is not None and forward is not None:
+        from lme_parallel.pipeline.setup import make_pipeline  # noqa: PLC0415 (for the axis in use)
+
+        pipeline = make_pipeline(model, plan, forward, placement, mesh, device)
+        placement = pipeline.placement
     return DistributedRuntime(
         model,
-        axes.place(placement),
+        placement,
         device=device,
         mesh=mesh,
         scaler=scaler,
         prepare=axes.prepare,
+        pipeline=pipeline,
     )
 
 
@@ -100,16 +118,6 @@ def _make_mesh(topology: Topology, device: torch.device) -> "Mesh | None":
     from lme_parallel.mesh import Mesh  # noqa: PLC0415 (slow to load; for several processes)
 
     return Mesh.of(topology, device)
-
-
-def _check_supported(topology: Topology) -> None:
-    axes = {
-        "pipeline_parallel_world_size": topology.pipeline,
-        "context_parallel_world_size": topology.context,
-    }
-    for name, size in axes.items():
-        if size > 1:
-            raise ValueError(f"`{name}: {size}` is not supported yet; use 1")
 
 
 def _blocks(model: nn.Module) -> Mapping[str, nn.Module]:
