@@ -102,9 +102,22 @@ def checked(*settings, world_size=None):
             ["num_pipeline_stages: 2", "false"],
         ),
         (
-            ["distributed_args.context_parallel_world_size=3"],
+            [
+                "distributed_args.tensor_parallel_world_size=2",
+                "distributed_args.sequence_parallel=true",
+                "datasets.0.class_args.sequence_length=63",
+            ],
             "datasets.0.class_args.sequence_length",
-            ["64", "multiple of 3"],
+            ["63", "multiple of 2"],
+        ),
+        (
+            [
+                "distributed_args.context_parallel_world_size=3",
+                "tuning_args.tuning_method=distillation",
+                "teacher_args={model_name: x, kl_divergence_method: forward}",
+            ],
+            "distributed_args.context_parallel_world_size",
+            ["is 3", "teacher", "use 1"],
         ),
         (
             ["training_parameters.global_batch_size=7"],

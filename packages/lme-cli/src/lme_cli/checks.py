@@ -227,17 +227,24 @@ def _pipeline_evaluation(run: RunConfig) -> Iterator[Finding]:
 
 def _split_sequences(run: RunConfig) -> Iterator[Finding]:
     args = run.distributed_args
-    factor = args.context_parallel_world_size
-    if args.context_parallel_load_balancing_method == "headtail":
-        factor *= 2
-    if args.sequence_parallel:
-        factor = math.lcm(factor, args.tensor_parallel_world_size * factor)
+    # Context parallelism pads what does not divide.
+    if not args.sequence_parallel or args.context_parallel_world_size > 1:
+        return
+    factor = args.tensor_parallel_world_size
     for index, dataset in enumerate(run.datasets):
         length = _sequence_length(dataset)
         if length is not None and length % factor:
             path = ("datasets", index, "class_args", "sequence_length")
             message = f"is {length}, but the layout cuts sequences into {factor} equal parts"
             yield Finding(path, message, f"use a multiple of {factor}")
+
+
+def _whole_teacher(run: RunConfig) -> Iterator[Finding]:
+    size = run.distributed_args.context_parallel_world_size
+    if size > 1 and run.tuning_args.tuning_method == "distillation":
+        message = f"is {size}, but a teacher needs whole sequences"
+        path = ("distributed_args", "context_parallel_world_size")
+        yield Finding(path, message, "use 1 with `tuning_method: distillation`")
 
 
 def _batch(run: RunConfig) -> Iterator[Finding]:
@@ -279,6 +286,7 @@ def _sequence_length(dataset: DatasetArgs) -> int | None:
 
 CHECKS: Sequence[Check] = (
     Check(("tuning_args", "teacher_args"), _teacher),
+    Check(("tuning_args", "distributed_args"), _whole_teacher),
     Check(("datasets",), _datasets),
     Check(("datasets", "tuning_args"), _dataset_kinds),
     Check(("datasets", "model_args"), _lengths),
