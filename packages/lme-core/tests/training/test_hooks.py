@@ -248,7 +248,7 @@ def test_a_signal_stops_the_run_once_and_the_next_acts_as_before(runtime):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        hook = StopHook(runtime)
+        hook = StopHook(runtime, repeat_seconds=0.0)
         os.kill(os.getpid(), signal.SIGTERM)
         state = TrainState(step=1)
         hook(state, report())
@@ -258,6 +258,21 @@ def test_a_signal_stops_the_run_once_and_the_next_acts_as_before(runtime):
         hook.close()
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(runtime):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        hook = StopHook(runtime, repeat_seconds=60.0)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        state = TrainState(step=1)
+        hook(state, report())
+        hook.close()
+        assert (state.stop_reason, heard) == ("a signal asked for it", [])
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -7,6 +7,7 @@ and a step's lines of metrics are on disk before its checkpoint.
 import gc
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -205,7 +206,9 @@ class SaveHook:
 class StopHook:
     """Ends the run after a step when a signal came, a file appeared or the time is up.
 
-    All replicas agree on it. A second signal of the same kind acts as if this hook were not there.
+    All replicas agree on it. A later signal of the same kind acts as if this hook were not there;
+    one that comes at once is the same request, sent by a scheduler to a launcher and to its
+    processes, and passed on by the launcher.
     """
 
     def __init__(
@@ -216,6 +219,7 @@ class StopHook:
         stop_after_seconds: float | None = None,
         signals: Sequence[signal.Signals] = (signal.SIGTERM,),
         interval: int = 1,
+        repeat_seconds: float = 5.0,
     ) -> None:
         """Start to listen and to count the time; signals can be heard on the main thread only.
 
@@ -225,13 +229,15 @@ class StopHook:
             stop_after_seconds: Wall-clock budget.
             signals: What ends the run.
             interval: Optimizer steps between agreements, which cost a message on the host.
+            repeat_seconds: For how long after the first a signal is the same request.
         """
         self._interval = interval
         self._runtime = runtime
         self._kill_switch = kill_switch
         self._budget = stop_after_seconds
         self._started = time.monotonic()
-        self._received = False
+        self._received: float | None = None
+        self._repeat_seconds = repeat_seconds
         self._previous = {each: signal.signal(each, self._receive) for each in signals}
 
     def __call__(self, state: TrainState, report: StepReport) -> None:
@@ -239,7 +245,7 @@ class StopHook:
         if state.step % self._interval:
             return
         reasons = [
-            (self._received, "a signal asked for it"),
+            (self._received is not None, "a signal asked for it"),
             (
                 self._kill_switch is not None and self._kill_switch.exists(),
                 f"{self._kill_switch} exists (remove it before the next start)",
@@ -263,10 +269,17 @@ class StopHook:
         self._previous = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        now = time.monotonic()
+        if self._received is None:
+            self._received = now
+        elif now - self._received >= self._repeat_seconds:
+            self._hand_back(number)
+
+    def _hand_back(self, number: int) -> None:
         # None: the handler before was not set by Python.
         previous = self._previous.pop(signal.Signals(number), None)
         signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        os.kill(os.getpid(), number)
 
 
 class ProfileHook:
