@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DtypeName = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
+SavedOp = Literal["attention", "linear", "matmul", "communication"]
 ScheduleName = Literal[
     "GPipe",
     "1F1B",
@@ -66,6 +67,11 @@ class GradientCheckpointingArgs:
     """Accepted for older run files and ignored with a warning: blocks are found by structure."""
     use_reentrant: bool = False
     """Use torch's reentrant implementation; slower to compile, otherwise the same numbers."""
+    save_ops: tuple[SavedOp, ...] | None = None
+    """Ops whose results `gradient_checkpointing_method: selective` keeps. `attention`: fused
+    attention; `linear`: products with weights, experts' too; `matmul`: these and products of
+    activations; `communication`: what came from other tensor-parallel processes. null:
+    `[attention, linear]`."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -87,12 +93,13 @@ class DistributedArgs:
     """Keep sharded parameters and optimizer state in host memory between steps."""
     communication_dtype: DtypeName | None = None
     """Dtype in which gradients are summed over ranks; null: fp32."""
-    gradient_checkpointing_method: Literal["block", "full"] | None = None
-    """`block` recomputes the blocks chosen by `gradient_checkpointing_args`, `full` every block."""
+    gradient_checkpointing_method: Literal["block", "full", "selective"] | None = None
+    """`block` recomputes the blocks chosen by `gradient_checkpointing_args`, `full` every block;
+    `selective` does what `block` does, but keeps results of ops that are slow to compute again."""
     gradient_checkpointing_args: GradientCheckpointingArgs = field(
         default_factory=GradientCheckpointingArgs
     )
-    """Which blocks `gradient_checkpointing_method: block` recomputes."""
+    """Which blocks `gradient_checkpointing_method` `block` or `selective` recomputes."""
     torch_compile: bool = False
     """Compile each block, in place."""
     tensor_parallel_world_size: int = 1
@@ -135,6 +142,7 @@ class DistributedArgs:
         )
         if self.watchdog_seconds is not None and not self.watchdog_seconds >= 0:
             raise ValueError(f"`watchdog_seconds` must be at least 0, got {self.watchdog_seconds}")
+        self._check_recomputation()
         self._check_data_parallel()
         self._check_tensor_parallel()
         self._check_expert_parallel()
@@ -146,6 +154,14 @@ class DistributedArgs:
             # NCCL gives up after 10 minutes, and says less.
             return 0.8 * 60 * (self.timeout_minutes or 10)
         return self.watchdog_seconds or None
+
+    def _check_recomputation(self) -> None:
+        is_selective = self.gradient_checkpointing_method == "selective"
+        if is_selective and self.gradient_checkpointing_args.use_reentrant:
+            raise ValueError(
+                "`use_reentrant: true` does not work with `gradient_checkpointing_method: selective`,"
+                " since torch's reentrant implementation keeps no results; use false"
+            )
 
     def _check_data_parallel(self) -> None:
         sharding = self.zero_topology.data_parallel_sharding_world_size

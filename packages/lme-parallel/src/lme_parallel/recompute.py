@@ -1,8 +1,12 @@
-"""Activation checkpointing: blocks run again in the backward pass instead of being remembered."""
+"""Activation checkpointing: blocks run again in the backward pass instead of being remembered.
+
+All of a block, or all but the ops whose results are kept.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from lme_parallel.args import DistributedArgs, GradientCheckpointingArgs
+from lme_parallel.saved_ops import DEFAULT, keep_results
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +63,17 @@ def apply_recompute(
     if num_layers is None:
         num_layers = 1 + max((int(key) for key in blocks), default=-1)
     chosen = set(layers_to_recompute(args, num_layers))
+    given = args.gradient_checkpointing_args
+    settings: dict[str, Any] = {"use_reentrant": given.use_reentrant}
+    if args.gradient_checkpointing_method == "selective":
+        saved = DEFAULT if given.save_ops is None else given.save_ops
+        settings["context_fn"] = keep_results(saved)
     for key, block in blocks.items():
         if int(key) in chosen:
-            _recompute(block, use_reentrant=args.gradient_checkpointing_args.use_reentrant)
+            _recompute(block, settings)
 
 
-def _recompute(block: nn.Module, *, use_reentrant: bool) -> None:
+def _recompute(block: nn.Module, settings: Mapping[str, Any]) -> None:
     forward = block.forward
 
     # Only the instance changes: a wrapping module would rename every parameter below it.
@@ -72,9 +82,9 @@ def _recompute(block: nn.Module, *, use_reentrant: bool) -> None:
         if not torch.is_grad_enabled():
             return forward(*inputs, **options)
         run = partial(forward, **options)
-        if use_reentrant:
+        if settings["use_reentrant"]:
             return _reentrant(run, inputs)
-        return checkpoint(run, *inputs, use_reentrant=False)
+        return checkpoint(run, *inputs, **settings)
 
     block.forward = recomputed
 
@@ -105,6 +115,11 @@ def _warn_without_effect(args: DistributedArgs) -> None:
         logger.warning(
             "`gradient_checkpointing_args` has no effect with `gradient_checkpointing_method:"
             " full`, which recomputes every block; use `block`"
+        )
+    if args.gradient_checkpointing_method in ("block", "full") and given.save_ops is not None:
+        logger.warning(
+            "`gradient_checkpointing_args.save_ops` has no effect without"
+            " `gradient_checkpointing_method: selective`"
         )
     if args.gradient_checkpointing_method is None and given != GradientCheckpointingArgs():
         logger.warning(
