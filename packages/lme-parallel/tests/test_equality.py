@@ -35,6 +35,7 @@ PLACEMENTS = {
 }
 RECOMPUTE = {"gradient_checkpointing_method": "full"}
 REENTRANT = {**RECOMPUTE, "gradient_checkpointing_args": {"use_reentrant": True}}
+SELECTIVE = {"gradient_checkpointing_method": "selective"}
 SYNC = "sync_every_gradient_accumulation_step"
 # Placement, further settings, options of the comparison.
 VARIANTS = {
@@ -50,6 +51,14 @@ VARIANTS = {
     "FSDP 1, recompute": ("FSDP 1", RECOMPUTE, {}),
     "DDP, reentrant": ("DDP", REENTRANT, {}),
     "stage 3, reentrant": ("stage 3", REENTRANT, {}),
+    "stage 3, selective": ("stage 3", SELECTIVE, {}),
+    "DDP, selective": ("DDP", SELECTIVE, {}),
+    "FSDP 1, selective": ("FSDP 1", SELECTIVE, {}),
+    "stage 3, selective, compile": (
+        "stage 3",
+        {**SELECTIVE, "torch_compile": True},
+        {"steps": 1},
+    ),
     "stage 3, compile": ("stage 3", {"torch_compile": True}, {"steps": 1}),
     "stage 1, sync every step": ("stage 1", {SYNC: True}, {}),
     "DDP, sync every step": ("DDP", {SYNC: True}, {}),

@@ -2,15 +2,40 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lme_parallel.equality import assemble, compare_layout, relative, run_steps
+from lme_parallel.equality import (
+    assemble,
+    compare_layout,
+    rank_batches,
+    relative,
+    run_steps,
+    tiny_runtime,
+)
 from lme_parallel.testing import run_distributed
+from lme_parallel.tiny import TinyObjective
 
 TWO = {"tensor_parallel_world_size": 2}
 TWO_CUT = {**TWO, "sequence_parallel": True}
 FOUR = {"tensor_parallel_world_size": 4}
 WHOLE = {"stage": 0, "fsdp_algorithm": None}
 RECOMPUTE = {"gradient_checkpointing_method": "full"}
+SELECTIVE = {
+    "gradient_checkpointing_method": "selective",
+    "gradient_checkpointing_args": {"save_ops": ("linear", "communication")},
+}
+HYBRID = {
+    "zero_topology": {
+        "data_parallel_replication_world_size": 2,
+        "data_parallel_sharding_world_size": 1,
+    }
+}
+BOTH = {
+    "zero_topology": {
+        "data_parallel_replication_world_size": 2,
+        "data_parallel_sharding_world_size": 2,
+    }
+}
 # Settings, processes, options of the model. Its 19 tokens go 10 and 9, or 5, 5, 5 and 4; its rows
 # of 6 tokens are padded to 8 before four processes cut them.
 LAYOUTS = {
@@ -21,12 +46,20 @@ LAYOUTS = {
     "two, sequence cut, tied": (TWO_CUT, 2, {"dropout": 0.2, "is_tied": True}),
     "two, sequence cut, compiled": ({**TWO_CUT, "torch_compile": True, **WHOLE}, 2, {}),
     "two, sequence cut, recomputed": ({**TWO_CUT, **RECOMPUTE}, 2, {"dropout": 0.2}),
+    "two, selective": ({**TWO, **SELECTIVE}, 2, {"dropout": 0.2}),
+    "two, sequence cut, selective, compiled": (
+        {**TWO_CUT, **SELECTIVE, "torch_compile": True, **WHOLE},
+        2,
+        {},
+    ),
     "four": ({**FOUR, **WHOLE}, 4, {"dropout": 0.2}),
     "four, sequence cut": ({**FOUR, "sequence_parallel": True}, 4, {"dropout": 0.2}),
     "two shards": ({**TWO, "stage": 3}, 4, {"dropout": 0.2}),
     "two shards, sequence cut": ({**TWO_CUT, "stage": 3}, 4, {"dropout": 0.2, "is_tied": True}),
     "two gradient shards": ({**TWO_CUT, "stage": 2}, 4, {}),
     "two replicas": ({**TWO_CUT, **WHOLE}, 4, {"dropout": 0.2}),
+    "two replicas of one shard": ({**TWO_CUT, "stage": 3, **HYBRID}, 4, {"dropout": 0.2}),
+    "two replicas of two shards": ({**TWO_CUT, "stage": 3, **BOTH}, 8, {"is_tied": True}),
 }
 # Norm of the difference over the norm: sums over processes are taken in another order.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
@@ -78,3 +111,32 @@ def test_bf16_differs_by_roundings_of_sums(name):
     # layers' four exchanges forwards and backwards.
     assert 0 < found["all gradients"] < 8 * 2**-9
     assert found["loss"] < 2**-9
+
+
+class Messages(TorchDispatchMode):
+    """Counts sums over processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops._c10d_functional.all_reduce.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_messages(settings):
+    runtime, topology = tiny_runtime(settings, str(torch.float64), {})
+    with Messages() as messages:
+        runtime.forward_backward(TinyObjective(), rank_batches(topology, 0, 1))
+    return messages.number
+
+
+def test_what_came_from_others_is_not_asked_for_again():
+    counts = []
+    for further in ({}, RECOMPUTE, SELECTIVE):
+        counts.append(run_distributed(count_messages, 2, {**TWO, **WHOLE, **further})[0])
+    plain, recomputed, selective = counts
+    # Each of two layers sums results of attention once more, so that its MLP can run again; those
+    # of the MLP, at its end, nothing needs.
+    assert (recomputed - plain, selective - plain) == (2, 0)
