@@ -1,5 +1,6 @@
 """The order in which a model is prepared for its devices, in one function."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from lme_parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lme_parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
 
 
 def parallelize(
@@ -61,11 +64,23 @@ def parallelize(
     num_layers = len(_blocks(model))
     if dtype == torch.float16 and scaler is None:
         raise ValueError("`dtype` torch.float16 needs a `scaler`, or small gradients vanish")
+    if topology.expert > 1:
+        from lme_parallel.expert.setup import (  # noqa: PLC0415 (for the axis in use)
+            check_expert_parallel,
+        )
+
+        # Of all layers: a stage of a pipeline may have no experts.
+        check_expert_parallel(model, args)
     plan = None
     if topology.pipeline > 1:
         from lme_parallel.pipeline.setup import cut_model  # noqa: PLC0415 (for the axis in use)
 
         plan = cut_model(model, topology, args)
+    elif topology.num_stages > 1:
+        logger.warning(
+            "`num_pipeline_stages: %d` has no effect with `pipeline_parallel_world_size: 1`",
+            topology.num_stages,
+        )
     blocks = _blocks(model)
     appliers = check_axes(model, topology, args, device=device, compile_backend=compile_backend)
     mesh = _make_mesh(topology, device)

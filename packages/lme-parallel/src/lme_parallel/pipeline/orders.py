@@ -4,14 +4,11 @@ The orders are those of torch.distributed.pipelining; what they ask for is check
 that a setting that cannot work is named with what would.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from lme_parallel.args import DistributedArgs
-
-logger = logging.getLogger(__name__)
 
 _V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 _SINGLE = ("GPipe", "1F1B")
@@ -114,7 +111,6 @@ def read_schedule(args: DistributedArgs) -> Schedule:
         )
     if name == "1F1B" and each > 1:
         name = "Interleaved1F1B"
-        logger.info("%s with %d stages a rank runs as Interleaved1F1B", setting, each)
     if name == "FlexibleInterleaved1F1B":
         # Interleaved 1F1B takes rounds of any length by now.
         name = "Interleaved1F1B"
@@ -134,6 +130,23 @@ def read_schedule(args: DistributedArgs) -> Schedule:
             f" {2 * ranks} or more, got {stages}; with {ranks} use `1F1B`"
         )
     return Schedule(name, ranks, stages)
+
+
+def check_schedule(args: DistributedArgs, micro_batches: int | None = None) -> None:
+    """Raise unless a schedule goes with its numbers; of one pipeline rank there is none to check.
+
+    Args:
+        args: The `distributed_args` section.
+        micro_batches: Of a step, which is `gradient_accumulation_steps`; `None`: not known.
+
+    Raises:
+        ValueError: Naming the setting and what would work.
+    """
+    if args.pipeline_parallel_world_size == 1:
+        return
+    schedule = read_schedule(args)
+    if micro_batches is not None:
+        schedule.check_micro_batches(micro_batches)
 
 
 def compute_orders(schedule: Schedule, micro_batches: int) -> list[list[Action]]:

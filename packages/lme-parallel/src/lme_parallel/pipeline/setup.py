@@ -73,7 +73,7 @@ def cut_model(model: nn.Module, topology: Topology, args: DistributedArgs) -> Pi
     costs = Costs(*sliceable.part_costs())
     cuts = cut_layers(costs, schedule.stages)
     if topology.rank == 0:
-        _log(schedule, cuts, stage_works(costs, cuts))
+        _log(args, schedule, cuts, stage_works(costs, cuts))
     rank = topology.coordinates["pipeline"]
     stages = {
         index: Stage(index, tuple(cuts[index]), index == 0, index == schedule.stages - 1)
@@ -157,7 +157,16 @@ def _keep(model: Sliceable, layers: set[int], kept: set[str], ends: set[str]) ->
         setattr(model, name, None)
 
 
-def _log(schedule: Schedule, cuts: Sequence[range], works: Sequence[float]) -> None:
+def _log(
+    args: DistributedArgs, schedule: Schedule, cuts: Sequence[range], works: Sequence[float]
+) -> None:
+    if schedule.name != args.pipeline_parallel_schedule:
+        logger.info(
+            "`pipeline_parallel_schedule: %s` with `num_pipeline_stages: %d` runs as `%s`",
+            args.pipeline_parallel_schedule,
+            schedule.stages,
+            schedule.name,
+        )
     mean = sum(works) / len(works)
     parts = [
         f"stage {index} on rank {schedule.rank_of(index)}: layers {each.start} to {each.stop - 1}"
