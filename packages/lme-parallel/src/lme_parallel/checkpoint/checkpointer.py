@@ -103,6 +103,8 @@ class Checkpointer:
         self._topology = topology
         self._shards = shards
         self._crew = Crew.of(topology.world_size)
+        here = {*parameters, *buffers}
+        self._elsewhere = {name for each in self._crew.gather(sorted(here)) for name in each} - here
         self._after_restore = after_restore
         self._point = _ignore if point is None else point
         self._saved: set[int] = set()
@@ -269,6 +271,7 @@ class Checkpointer:
             buffers=self._buffers,
             optimizer=optimizer,
             shards=self._shards,
+            elsewhere=self._elsewhere,
         )
         if settings.load_lr_scheduler and self._optimizer is not None:
             load_learning_rates(checkpoint, self._parameters, self._optimizer)

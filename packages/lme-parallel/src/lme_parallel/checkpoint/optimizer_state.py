@@ -1,6 +1,6 @@
 """An optimizer's state by parameter name, taken out and put back by hand."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -148,6 +148,8 @@ def restore_state(
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     other: Json,
+    *,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Replace the whole state.
 
@@ -156,6 +158,7 @@ def restore_state(
         parameters: By name.
         tensors: As `tensor_state` named them, already on their devices.
         other: From `other_state`.
+        elsewhere: Parameters that other processes have.
 
     Raises:
         CheckpointMismatchError: If a parameter is not known.
@@ -166,6 +169,9 @@ def restore_state(
         states.setdefault(parameter, {})[key] = tensor
     for parameter, numbers in other["numbers"].items():
         states.setdefault(parameter, {}).update(numbers)
+    states = {
+        name: each for name, each in states.items() if name in parameters or name not in elsewhere
+    }
     unknown = sorted(set(states) - set(parameters))
     if unknown:
         raise CheckpointMismatchError(

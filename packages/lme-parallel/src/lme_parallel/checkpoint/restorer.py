@@ -1,7 +1,7 @@
 """A checkpoint put back into a model, an optimizer and everything else that has state."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +52,7 @@ def load_tensors(
     buffers: Mapping[str, Tensor],
     optimizer: Optimizer | None,
     shards: Mapping[str, Shard] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Read parameters, buffers and the optimizer's state, as far as they are here.
 
@@ -63,13 +64,15 @@ def load_tensors(
         buffers: Written in place.
         optimizer: Its whole state is replaced; `None` leaves it out.
         shards: Parts of the parameters; `None`: they are whole.
+        elsewhere: Names that the checkpoint has for other processes only: of other stages of a
+            pipeline.
 
     Raises:
         CheckpointMismatchError: If names or shapes differ.
         CheckpointError: If the checkpoint is damaged; the model may then be half overwritten.
     """
     targets = {**parameters, **buffers}
-    _check_names(checkpoint, targets)
+    _check_names(checkpoint, targets, elsewhere)
     known = {} if shards is None else shards
     parts = {name: known.get(name) or whole(each.shape) for name, each in targets.items()}
     for name, part in parts.items():
@@ -81,12 +84,13 @@ def load_tensors(
     wanted = [each for name in targets for each in _regions("model", name, targets, parts)]
     state: dict[str, Tensor] = {}
     if optimizer is not None:
-        state, places = _allocate_state(checkpoint, parameters, parts, optimizer)
+        state, places = _allocate_state(checkpoint, parameters, parts, optimizer, elsewhere)
         wanted += [each for name in state for each in _regions("optimizer", name, state, places)]
     with torch.no_grad():
         checkpoint.read(wanted)
     if optimizer is not None:
-        restore_state(optimizer, parameters, state, _other_state(checkpoint))
+        other = _other_state(checkpoint)
+        restore_state(optimizer, parameters, state, other, elsewhere=elsewhere)
 
 
 def load_learning_rates(
@@ -165,9 +169,11 @@ def _other_state(checkpoint: Checkpoint) -> Json:
     raise CheckpointError(f"{checkpoint.path / STATE_NAME} has no valid `optimizer`")
 
 
-def _check_names(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
-    saved = set(checkpoint.names("model"))
-    missing, unexpected = sorted(set(targets) - saved), sorted(saved - set(targets))
+def _check_names(
+    checkpoint: Checkpoint, targets: Mapping[str, Tensor], elsewhere: Collection[str]
+) -> None:
+    saved, known = set(checkpoint.names("model")), {*targets, *elsewhere}
+    missing, unexpected = sorted(known - saved), sorted(saved - known)
     if missing or unexpected:
         parts = [
             f"{what} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
@@ -197,12 +203,15 @@ def _allocate_state(
     parameters: Mapping[str, nn.Parameter],
     parts: Mapping[str, Shard],
     optimizer: Optimizer,
+    elsewhere: Collection[str],
 ) -> tuple[dict[str, Tensor], dict[str, Shard]]:
     """Make memory for the state of the parameters that are here, and say which part it holds."""
     groups = groups_by_parameter(optimizer)
     state, places = {}, {}
     for name in checkpoint.names("optimizer"):
         parameter, key = split_name(name)
+        if parameter not in parameters and parameter in elsewhere:
+            continue
         if parameter not in parameters:
             raise CheckpointMismatchError(
                 f"{checkpoint.path} has optimizer state for `{parameter}`, which this model does"
