@@ -14,6 +14,11 @@ from lme_parallel.testing import run_distributed
 
 STEPS = 6
 HYBRID = {"data_parallel_replication_world_size": 2, "data_parallel_sharding_world_size": 2}
+PIPELINE = {
+    "pipeline_parallel_world_size": 2,
+    "num_pipeline_stages": 2,
+    "pipeline_parallel_schedule": "1F1B",
+}
 RUN = """
 datasets:
   - class_name: MegatronDataset
@@ -164,8 +169,9 @@ def straight(tmp_path_factory, corpora):
         ({"stage": 3, "gradient_checkpointing_method": "block", "zero_topology": HYBRID}, 4),
         ({"stage": 2, "fsdp_algorithm": 1}, 2),
         ({"stage": 0, "fsdp_algorithm": None}, 2),
+        ({"stage": 3, "context_parallel_world_size": 2}, 2),
     ],
-    ids=["hybrid stage 3", "FSDP 1", "DDP"],
+    ids=["hybrid stage 3", "FSDP 1", "DDP", "context"],
 )
 def test_several_processes_train_as_one(distributed, size, corpora, straight, tmp_path):
     file = write_run(tmp_path, corpora, "run", distributed)
@@ -191,8 +197,9 @@ def test_bf16_shards_train_as_bf16_copies_of_one_process(corpora, tmp_path):
 
 
 def test_any_number_of_processes_continues_a_run(corpora, straight, tmp_path):
-    # 4 processes to step 3, 2 to step 5, one to the end.
-    for distributed, size, stop_at in (({"stage": 3}, 4, 3), ({"stage": 1}, 2, 5), ({}, 1, None)):
+    # 4 processes to step 3, 2 stages of a pipeline to step 5, one process to the end.
+    parts = (({"stage": 3}, 4, 3), ({"stage": 1, **PIPELINE}, 2, 5), ({}, 1, None))
+    for distributed, size, stop_at in parts:
         file = write_run(tmp_path, corpora, "run", distributed)
         run_distributed(train, size, str(file), stop_at)
         (tmp_path / "run/KILLSWITCH").unlink(missing_ok=True)
@@ -214,10 +221,11 @@ def command(*words, **options):
 
 
 def test_the_command_starts_its_processes(corpora, straight, tmp_path):
-    file = write_run(tmp_path, corpora, "run", {"stage": 3})
+    file = write_run(tmp_path, corpora, "run", {"stage": 0, "fsdp_algorithm": None, **PIPELINE})
     done = command("-m", "lme_cli", "train", file, "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert "[rank 0]   batch        8 sequences of 16 tokens" in done.stdout
+    assert "stage 1 on rank 1: layers 1 to 1" in done.stdout + done.stderr
     # The others only warn.
     assert "[rank 1]" not in done.stdout + done.stderr
     assert_close(losses(tmp_path / "run"), straight)

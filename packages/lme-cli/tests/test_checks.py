@@ -88,18 +88,29 @@ def checked(*settings, world_size=None):
             [
                 "distributed_args.num_pipeline_stages=5",
                 "distributed_args.pipeline_parallel_schedule=1F1B",
-                "training_parameters.eval_during_training=false",
             ],
             "distributed_args.num_pipeline_stages",
             ["5", "num_layers", "4"],
         ),
         (
             [
+                "distributed_args.pipeline_parallel_world_size=2",
+                "distributed_args.num_pipeline_stages=2",
+                "distributed_args.pipeline_parallel_schedule=ZBVZeroBubble",
+            ],
+            "distributed_args.pipeline_parallel_schedule",
+            ["`num_pipeline_stages` must be 4, got 2"],
+        ),
+        (
+            [
+                "distributed_args.pipeline_parallel_world_size=2",
                 "distributed_args.num_pipeline_stages=2",
                 "distributed_args.pipeline_parallel_schedule=1F1B",
+                "tuning_args.tuning_method=distillation",
+                "teacher_args={model_name: x, kl_divergence_method: forward}",
             ],
-            "training_parameters.eval_during_training",
-            ["num_pipeline_stages: 2", "false"],
+            "distributed_args.pipeline_parallel_world_size",
+            ["2", "distillation"],
         ),
         (
             [
@@ -138,6 +149,16 @@ def test_a_contradiction_is_one_error_at_the_setting_to_change(settings, path, w
     ("settings", "world_size", "words"),
     [
         (["distributed_args.tensor_parallel_world_size=2"], 3, ["multiple of 2 processes", "3"]),
+        (
+            [
+                "distributed_args.pipeline_parallel_world_size=2",
+                "distributed_args.num_pipeline_stages=4",
+                "distributed_args.pipeline_parallel_schedule=DualPipeV",
+                "training_parameters.gradient_accumulation_steps=3",
+            ],
+            2,
+            ["4 micro batches", "got 3", "`gradient_accumulation_steps` to 4"],
+        ),
         (["training_parameters.global_batch_size=6"], 2, ["6", "multiple"]),
     ],
 )

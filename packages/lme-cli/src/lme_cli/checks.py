@@ -19,6 +19,7 @@ from lme_data.dataset import (
     MegatronDatasetArgs,
     PresetDatasetArgs,
 )
+from lme_parallel.pipeline.orders import check_schedule
 from lme_parallel.topology import Topology
 
 
@@ -79,10 +80,15 @@ def check_world(run: RunConfig, world_size: int) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(("distributed_args",), f"does not fit {world_size} processes: {error}", "")
         return
+    path = ("training_parameters",)
     try:
-        BatchPlan.resolve(run.training_parameters, topology.data_world_size)
+        batch = BatchPlan.resolve(run.training_parameters, topology.data_world_size)
     except ValueError as error:
-        path = ("training_parameters",)
+        yield Finding(path, f"does not fit {world_size} processes: {error}", "")
+        return
+    try:
+        check_schedule(run.distributed_args, batch.gradient_accumulation_steps)
+    except ValueError as error:
         yield Finding(path, f"does not fit {world_size} processes: {error}", "")
 
 
@@ -217,12 +223,20 @@ def _pipeline(run: RunConfig) -> Iterator[Finding]:
         yield Finding(path, message, f"use at most {config.num_layers}")
 
 
-def _pipeline_evaluation(run: RunConfig) -> Iterator[Finding]:
-    stages = run.distributed_args.num_pipeline_stages
-    if stages > 1 and run.training_parameters.eval_during_training:
-        message = f"is true, which does not work with `num_pipeline_stages: {stages}`"
-        remedy = "set it to false and use `lme evaluate` on the checkpoints"
-        yield Finding(("training_parameters", "eval_during_training"), message, remedy)
+def _pipeline_schedule(run: RunConfig) -> Iterator[Finding]:
+    try:
+        check_schedule(run.distributed_args)
+    except ValueError as error:
+        path = ("distributed_args", "pipeline_parallel_schedule")
+        yield Finding(path, f"does not work: {error}", "")
+
+
+def _pipeline_teacher(run: RunConfig) -> Iterator[Finding]:
+    size = run.distributed_args.pipeline_parallel_world_size
+    if size > 1 and run.tuning_args.tuning_method == "distillation":
+        message = f"is {size}, but distillation compares logits, which one stage has"
+        path = ("distributed_args", "pipeline_parallel_world_size")
+        yield Finding(path, message, "use 1 with `tuning_method: distillation`")
 
 
 def _split_sequences(run: RunConfig) -> Iterator[Finding]:
@@ -294,7 +308,8 @@ CHECKS: Sequence[Check] = (
     Check(("datasets", "model_args", "tuning_args", "tokenizer_args"), _tokenizer),
     Check(("model_args", "distributed_args"), _tensor_parallel),
     Check(("model_args", "distributed_args"), _pipeline),
-    Check(("training_parameters", "distributed_args"), _pipeline_evaluation),
+    Check(("distributed_args",), _pipeline_schedule),
+    Check(("tuning_args", "distributed_args"), _pipeline_teacher),
     Check(("datasets", "distributed_args"), _split_sequences),
     Check(("training_parameters",), _batch),
     Check(("training_parameters", "lr_scheduler_args"), _schedule),
