@@ -35,6 +35,10 @@ LAYOUTS = {
     "FSDP 1 of 4": ({"stage": 3, "fsdp_algorithm": 1}, 4),
     "DDP of 2": ({"stage": 0, "fsdp_algorithm": None}, 2),
     "tensor 2": ({"tensor_parallel_world_size": 2}, 2),
+    "context 2": (
+        {"context_parallel_world_size": 2, "context_parallel_load_balancing_method": "headtail"},
+        2,
+    ),
     "shards 2 tensor 2": ({"tensor_parallel_world_size": 2, "sequence_parallel": True}, 4),
 }
 GLOBAL_BATCHES = 12

@@ -143,5 +143,5 @@ def packed_gradients(
 
 def _no_random(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the state of a generator from which nothing is drawn."""
-    seed = torch.zeros(2, dtype=torch.uint64, device=device)
-    return seed, torch.zeros((), dtype=torch.uint64, device=device)
+    seed = torch.empty(2, dtype=torch.uint64, device=device)
+    return seed, torch.empty((), dtype=torch.uint64, device=device)
