@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
+from itertools import chain
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -86,18 +88,43 @@ def run_until_ended(
     Returns:
         Exit codes by rank; `None` for those that had to be killed from here.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _start(function, args, Path(folder), rank, world_size) for rank in range(world_size)
-        ]
-        ends = time.monotonic() + timeout_seconds
-        for process in processes:
-            process.join(max(0.0, ends - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join(_JOIN_SECONDS)
-        return codes
+    (codes,) = run_groups_until_ended(function, world_size, [args], timeout_seconds=timeout_seconds)
+    return codes
+
+
+def run_groups_until_ended(
+    function: Callable[..., Any],
+    world_size: int,
+    calls: Sequence[tuple[object, ...]],
+    *,
+    at_once: int = 5,
+    timeout_seconds: float = 60.0,
+) -> list[list[int | None]]:
+    """Run a function in several groups of processes that may end in any way.
+
+    A group waits more than it computes, so that several at once take hardly longer than one.
+
+    Args:
+        function: Defined at the top of a module or test file.
+        world_size: Processes of each group.
+        calls: The arguments for each group: plain values that can be sent to another process.
+        at_once: Groups that run at the same time.
+        timeout_seconds: Of so many groups, until those that still run are killed.
+
+    Returns:
+        For each group, exit codes by rank; `None` for those that had to be killed from here.
+    """
+    codes = []
+    for first in range(0, len(calls), at_once):
+        with ExitStack() as stack:
+            # All from one thread: starting a process looks after those that ended.
+            groups = []
+            for args in calls[first : first + at_once]:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                ranks = range(world_size)
+                groups.append([_start(function, args, folder, each, world_size) for each in ranks])
+            codes += _end_groups(groups, timeout_seconds)
+    return codes
 
 
 def run_killed(
@@ -205,6 +232,19 @@ def _load(source: str, name: str) -> Callable[..., Any]:
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     return getattr(module, name)
+
+
+def _end_groups(
+    groups: Sequence[list[BaseProcess]], timeout_seconds: float
+) -> list[list[int | None]]:
+    ends = time.monotonic() + timeout_seconds
+    for process in chain.from_iterable(groups):
+        process.join(max(0.0, ends - time.monotonic()))
+    codes = [[process.exitcode for process in processes] for processes in groups]
+    for process in chain.from_iterable(groups):
+        process.kill()
+        process.join(_JOIN_SECONDS)
+    return codes
 
 
 def _join(processes: list[BaseProcess], timeout_seconds: float) -> None:

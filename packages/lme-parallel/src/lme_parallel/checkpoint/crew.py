@@ -49,17 +49,28 @@ class Crew:
 
         Args:
             value: JSON.
+
+        Raises:
+            CheckpointError: If a process is gone.
         """
         if self._group is None:
             return [value]
+        try:
+            return self._gather(value, self._group)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"a process of the run is gone, or does not answer: {error}"
+            ) from error
+
+    def _gather(self, value: Json, group: ProcessGroup) -> list[Json]:
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         length = torch.tensor([content.numel()])
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        distributed.all_gather(lengths, length, group=self._group)
+        distributed.all_gather(lengths, length, group=group)
         padded = torch.zeros(int(torch.cat(lengths).max()), dtype=torch.uint8)
         padded[: content.numel()] = content
         found = [torch.empty_like(padded) for _ in range(self.size)]
-        distributed.all_gather(found, padded, group=self._group)
+        distributed.all_gather(found, padded, group=group)
         return [
             json.loads(bytes(each[: int(size)].numpy()))
             for each, size in zip(found, lengths, strict=True)
@@ -85,7 +96,11 @@ class Crew:
         if failure is not None:
             is_mismatch = isinstance(failure, CheckpointMismatchError)
             mine = {"is_mismatch": is_mismatch, "message": str(failure)}
-        reports = self.gather(mine)
+        try:
+            reports = self.gather(mine)
+        except CheckpointError as error:
+            # What failed here is nearer to the reason than that nobody answers.
+            raise failure or error from error
         if failure is not None:
             raise failure
         for rank, report in enumerate(reports):
@@ -101,7 +116,20 @@ class Crew:
         Args:
             sent: Rank and contiguous CPU tensor.
             received: Rank and contiguous CPU tensor to fill.
+
+        Raises:
+            CheckpointError: If a process is gone.
         """
+        try:
+            self._exchange(sent, received)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"a process of the run is gone, or does not answer: {error}"
+            ) from error
+
+    def _exchange(
+        self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
+    ) -> None:
         works = [
             distributed.isend(_bytes(each), rank, group=self._group) for rank, each in sent
         ] + [distributed.irecv(_bytes(each), rank, group=self._group) for rank, each in received]
