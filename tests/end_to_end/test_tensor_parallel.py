@@ -1,5 +1,7 @@
 """Models cut over tensor-parallel processes compute what one process computes."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.optim import SGD
@@ -7,6 +9,8 @@ from torch.optim import SGD
 from lme_core.config import from_dict
 from lme_core.training.objectives import NextToken
 from lme_kernels.policy import KernelPolicy
+from lme_parallel.checkpoint.args import SaveArgs
+from lme_parallel.checkpoint.checkpointer import Checkpointer
 from lme_parallel.equality import assemble, collect, make_args
 from lme_parallel.parallelize import parallelize
 from lme_parallel.testing import run_distributed
@@ -294,3 +298,77 @@ def compare(found, expected, where):
     for each in found:
         for term, number in each.get("numbers", {}).items():
             assert relative(number, expected["numbers"][term]) < 1e-10, (*where, term)
+
+
+@dataclass
+class State:
+    step: int = 0
+    tokens: int = 0
+
+
+def resume(names, settings, folder, world_size, rank):
+    """Restore each model if it was saved, train one step, save; return parameters before and after.
+
+    Sections of rows are cut one by one, so that what is here is no rectangle.
+    """
+    args = make_args(settings)
+    topology = Topology.from_args(args, world_size, rank)
+    found = {}
+    for name in names:
+        config, model = build(name)
+        runtime = parallelize(
+            model.to(torch.float64),
+            topology,
+            args,
+            device=torch.device("cpu"),
+            dtype=torch.float64,
+            initial_value=model.initial_value,
+        )
+        optimizer = SGD(runtime.named_parameters().values(), lr=0.1, momentum=0.9)
+        state = State()
+        checkpointer = Checkpointer(
+            SaveArgs(save_path=f"{folder}/{name}", save_interval=1),
+            parameters=runtime.named_parameters(),
+            buffers=runtime.named_buffers(),
+            optimizer=optimizer,
+            stateful={},
+            documents={"config.json": {}},
+            topology=topology,
+            shards=runtime.shards(),
+            after_restore=runtime.finish_step,
+        )
+        checkpointer.restore(state)
+        before = collect(runtime)
+        batches = micro_batches(state.step, 4)[topology.data_rank :: topology.data_world_size]
+        runtime.forward_backward(NextToken(config.auxiliary_weights()), batches)
+        optimizer.step()
+        runtime.finish_step()
+        state.step += 1
+        checkpointer.save(state)
+        checkpointer.wait()
+        found[name] = {"before": before, "after": collect(runtime)}
+    return found
+
+
+def resume_here(*arguments):
+    return resume(*arguments, torch.distributed.get_world_size(), torch.distributed.get_rank())
+
+
+def test_sections_of_rows_are_saved_and_read_by_any_layout(tmp_path):
+    names, straight = ["mamba2", "gru, rnn, lstm"], str(tmp_path / "straight")
+    layouts = [LAYOUTS[4]["two shards"], {}, {"tensor_parallel_world_size": 2}]
+    last = None
+    for settings, size in zip(layouts, (4, 1, 2), strict=True):
+        expected = resume(names, {}, straight, 1, 0)
+        arguments = (names, settings, str(tmp_path / "moved"))
+        ranks = run_distributed(resume_here, size, *arguments) if size > 1 else None
+        ranks = ranks or [resume(*arguments, 1, 0)]
+        for name in names:
+            before, after = (
+                assemble([each[name][kind] for each in ranks])[0] for kind in ("before", "after")
+            )
+            if last is not None:
+                assert all(torch.equal(before[each], last[name][each]) for each in before)
+            for each, reference in assemble([expected[name]["after"]])[0].items():
+                assert relative(after[each], reference) < 1e-10, (name, each)
+        last = {name: assemble([each[name]["after"] for each in ranks])[0] for name in names}
