@@ -96,9 +96,13 @@ def parallelize(
         return DistributedRuntime(model, placement, device=device, scaler=scaler)
     forward = None
     if plan is not None:
-        from lme_parallel.pipeline.setup import serve_parts  # noqa: PLC0415 (for the axis in use)
+        from lme_parallel.pipeline.setup import (  # noqa: PLC0415 (for the axis in use)
+            placed_args,
+            serve_parts,
+        )
 
         forward = serve_parts(model)
+        args = placed_args(args, topology, plan)
     placement = place_over(
         mesh,
         model,

@@ -12,6 +12,7 @@ from lme_parallel.args import DistributedArgs
 
 _V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 _SINGLE = ("GPipe", "1F1B")
+_SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 _ROUNDS = ("Interleaved1F1B", "InterleavedZeroBubble")
 
 
@@ -50,6 +51,11 @@ class Schedule:
     def is_v_shaped(self) -> bool:
         """Whether stages go to the last process and back to the first."""
         return self.name in _V_SHAPED
+
+    @property
+    def is_split(self) -> bool:
+        """Whether gradients of inputs and of parameters are computed at different times."""
+        return self.name in _SPLIT
 
     def rank_of(self, stage: int) -> int:
         """Return which process of the pipeline has a stage."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -94,13 +94,29 @@ def cut_model(model: nn.Module, topology: Topology, args: DistributedArgs) -> Pi
         },
         {*first, *last},
     )
-    # Torch's split needs the graph a second time, which these would compute again or refuse.
-    splits = (
-        not args.torch_compile
-        and args.gradient_checkpointing_method is None
-        and args.fsdp_algorithm is None
-    )
+    splits = schedule.is_split and _can_split(args, topology)
+    if schedule.is_split and not splits and topology.rank == 0:
+        logger.warning(
+            "`pipeline_parallel_schedule: %s` fills bubbles with gradients of parameters, which"
+            " here are computed together with those of inputs: with `torch_compile`,"
+            " `use_async_tensor_parallel`, `gradient_checkpointing_method` or an `fsdp_algorithm`"
+            " over several data-parallel ranks; results are the same",
+            schedule.name,
+        )
     return PipelinePlan(schedule, rank, stages, frozenset(shared), splits)
+
+
+def placed_args(args: DistributedArgs, topology: Topology, plan: PipelinePlan) -> DistributedArgs:
+    """Return settings for placing what is here: whole, where there is nobody to shard it with.
+
+    Args:
+        args: The `distributed_args` section.
+        topology: Where this process stands.
+        plan: From `cut_model`.
+    """
+    if plan.splits and _is_alone(topology):
+        return replace(args, stage=0, fsdp_algorithm=None)
+    return args
 
 
 def make_pipeline(
@@ -148,6 +164,21 @@ def serve_parts(model: nn.Module) -> PartForward:
     # Only the instance changes: what hooks calls of the model still does.
     changed.forward = forward
     return forward
+
+
+def _can_split(args: DistributedArgs, topology: Topology) -> bool:
+    # Torch's split goes through the graph a second time, where these would compute all of it
+    # again, refuse to, or miss the gradients that come later.
+    return (
+        not args.torch_compile
+        and not args.use_async_tensor_parallel
+        and args.gradient_checkpointing_method is None
+        and (args.fsdp_algorithm is None or (_is_alone(topology) and not args.cpu_offload))
+    )
+
+
+def _is_alone(topology: Topology) -> bool:
+    return topology.replicate * topology.shard == 1
 
 
 def _keep(model: Sliceable, layers: set[int], kept: set[str], ends: set[str]) -> None:
