@@ -117,12 +117,12 @@ def check_axes(
             lambda mesh: apply_tensor_parallel(model, plan, mesh, args, backend=compile_backend)
         )
     if topology.expert > 1:
+        from lme_parallel.expert.plan import read_layers  # noqa: PLC0415 (for the axis in use)
         from lme_parallel.expert.setup import (  # noqa: PLC0415 (for the axis in use)
             apply_expert_parallel,
-            check_expert_parallel,
         )
 
         # After the tensor axis, which finds dims of whole parameters in its plan.
-        layers = check_expert_parallel(model, topology, args)
+        layers = read_layers(model, topology.expert)
         appliers.append(lambda mesh: apply_expert_parallel(model, layers, topology, mesh))
     return appliers

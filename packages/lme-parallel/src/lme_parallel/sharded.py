@@ -1,6 +1,8 @@
 """`fully_shard`: ZeRO stages 0 to 3, hybrid sharding, mixed precision, parameters on the host."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lme_parallel.local import local_of, local_parameter, shard_of
 from lme_parallel.placement import drop_gradients, saved_buffers
@@ -64,6 +67,7 @@ def shard_model(
 
     for module, over in apart:
         shard(module, over, frees=stage == 3)
+        _hide_gathers(module)
     for block in blocks:
         shard(block, mesh, frees=stage == 3)
     # What is left is used first in the backward pass, so it stays whole until then.
@@ -72,6 +76,22 @@ def shard_model(
         # Losses are divided by global counts, so gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _hide_gathers(module: nn.Module) -> None:
+    """Let gathering stay unseen by a recomputed block around it that keeps results of some ops.
+
+    Its gathers are not the same forwards and again, which such a block takes for a mistake.
+    """
+    # Hooks have no public names, and neither has what hides them.
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            hooks[key] = torch.compiler.disable(partial(_unseen, hook))
+
+
+def _unseen(hook: Callable[..., Any], *inputs: Any, **options: Any) -> Any:  # torch's own
+    with _disable_current_modes():
+        return hook(*inputs, **options)
 
 
 def shard_dim(shape: torch.Size, size: int) -> int:

@@ -202,6 +202,8 @@ class MoE(nn.Module):
         self.experts = Experts(experts)
         self.dispatch = keep
         self.combine = give
+        self.reduce_counts = as_it_is
+        self.parts = 1
 
     def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Map (B, S, H) to (B, S, H) and the auxiliary loss, summed over sequences."""
@@ -212,9 +214,13 @@ class MoE(nn.Module):
         sent = self.dispatch(x.flatten(0, 1), weights.flatten(0, 1), indices.flatten(0, 1))
         y = self.combine(self.experts(sent.x, sent.weights, sent.indices), sent.receipt)
         valid = batch.get("valid", torch.ones_like(batch["input_ids"])).unsqueeze(-1)
-        counts = (F.one_hot(indices, logits.shape[-1]).sum(2) * valid).sum(1)
-        means = (shares * valid).sum(1) / valid.sum(1)
-        return y.view_as(x), (counts * means / valid.sum(1)).sum()
+        experts = logits.shape[-1]
+        chosen = F.one_hot(indices, experts).sum(2)
+        each = torch.cat((chosen, shares, torch.ones_like(shares[..., :1])), dim=-1)
+        counts, sums, tokens = self.reduce_counts((each * valid).sum(1)).split(
+            [experts, experts, 1], dim=-1
+        )
+        return y.view_as(x), (counts * sums / tokens**2).sum() / self.parts
 
 
 class Sent(NamedTuple):

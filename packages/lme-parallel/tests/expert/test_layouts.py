@@ -20,6 +20,16 @@ HYBRID = {
     },
 }
 TENSOR = {"tensor_parallel_world_size": 2}
+CONTEXT = {"context_parallel_world_size": 2}
+PIPELINE = {
+    "pipeline_parallel_world_size": 2,
+    "num_pipeline_stages": 2,
+    "pipeline_parallel_schedule": "1F1B",
+}
+SELECTIVE = {
+    "gradient_checkpointing_method": "selective",
+    "gradient_checkpointing_args": {"save_ops": ("linear", "communication")},
+}
 FEW = {"experts": 4, "dropout": 0.2}
 # The first two experts get everything: of two processes the second gets no token, of four the
 # last three.
@@ -30,7 +40,7 @@ LAYOUTS = {
         "DDP": ({**TWO, **DDP}, FEW),
         "DDP, lopsided": ({**TWO, **DDP}, LOPSIDED),
         "DDP, recomputed": ({**TWO, **DDP, **RECOMPUTE}, FEW),
-        "stage 0": ({**TWO, "stage": 0}, FEW),
+        "stage 0, recomputed in part": ({**TWO, "stage": 0, **SELECTIVE}, FEW),
         "stage 1": ({**TWO, "stage": 1}, FEW),
         "stage 3, lopsided": ({**TWO, "stage": 3}, LOPSIDED),
         "stage 3, compiled": ({**TWO, "stage": 3, "torch_compile": True, **RECOMPUTE}, FEW),
@@ -43,6 +53,10 @@ LAYOUTS = {
         "hybrid, 2 of 4": ({**TWO, **HYBRID}, FEW),
         "hybrid, 4 of 4": ({**FOUR, **HYBRID}, FEW),
         "DDP, tensor 2": ({**TWO, **TENSOR, **DDP}, FEW),
+        "stage 3, context 2": ({**TWO, **CONTEXT, "stage": 3}, FEW),
+        "DDP, context 2": ({**FOUR, **CONTEXT, **DDP}, FEW),
+        "DDP, pipeline 2": ({**TWO, **PIPELINE, **DDP}, FEW),
+        "stage 3, pipeline 2": ({**TWO, **PIPELINE, "stage": 3}, {**FEW, "layers": 3}),
         "stage 3, tensor 2": ({**TWO, **TENSOR, "sequence_parallel": True, "stage": 3}, FEW),
     },
 }

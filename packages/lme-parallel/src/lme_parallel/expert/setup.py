@@ -40,39 +40,30 @@ class ExpertParallel:
         return CutExperts(placement, self.cuts)
 
 
-def check_expert_parallel(
-    model: nn.Module, topology: Topology, args: DistributedArgs
-) -> tuple[ExpertLayer, ...]:
-    """Read what is to be done to a model, before any process is spoken to.
+def check_expert_parallel(model: nn.Module, args: DistributedArgs) -> None:
+    """Check that the experts of a model can be divided, before any process is spoken to.
 
     Args:
-        model: Usually on meta. Not changed.
-        topology: Where this process stands.
+        model: With all its layers; usually on meta. Not changed.
         args: The `distributed_args` section.
-
-    Returns:
-        The layers whose experts are cut.
 
     Raises:
         ValueError: If a setting does not fit the model, naming it.
     """
-    layers = read_layers(model, topology.expert)
-    # The stages of a pipeline may have none, where the whole model has some.
-    if not layers and topology.pipeline == 1:
+    size = args.expert_parallel_world_size
+    layers = read_layers(model, size)
+    if not layers:
         raise ValueError(
-            f"`expert_parallel_world_size: {args.expert_parallel_world_size}` needs a model with"
-            " experts, and this one has none; use `expert_parallel_world_size: 1`, or a"
-            " `mlp_type: MoE`"
+            f"`expert_parallel_world_size: {size}` needs a model with experts, and this one has"
+            " none; use `expert_parallel_world_size: 1`, or a `mlp_type: MoE`"
         )
     common = [name for layer in layers for name in layer.common]
     if common and args.fsdp_algorithm is not None:
         raise ValueError(
-            f"`fsdp_algorithm: {args.fsdp_algorithm}` with `expert_parallel_world_size:"
-            f" {args.expert_parallel_world_size}` cannot place what all experts of a layer share,"
-            f" `{common[0]}`; use another `activation_function`, or `stage: 0` and"
-            " `fsdp_algorithm: null`"
+            f"`fsdp_algorithm: {args.fsdp_algorithm}` with `expert_parallel_world_size: {size}`"
+            f" cannot place what all experts of a layer share, `{common[0]}`; use another"
+            " `activation_function`, or `stage: 0` and `fsdp_algorithm: null`"
         )
-    return layers
 
 
 def apply_expert_parallel(
@@ -81,7 +72,7 @@ def apply_expert_parallel(
     """Keep the experts of this process, in place, and let tokens travel to the others.
 
     Args:
-        model: As `check_expert_parallel` saw it, except that other axes may have cut other dims.
+        model: As `read_layers` saw it, except that other axes may have cut other dims.
         layers: From there.
         topology: Where this process stands.
         mesh: The processes.
