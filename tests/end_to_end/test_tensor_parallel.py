@@ -18,6 +18,7 @@ from lme_parallel.topology import Topology
 
 V, ROWS, LENGTH, STEPS = 61, 2, 12, 2
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+ACROSS = HEADS | {"qk_norm": True, "qk_norm_across_heads": True}
 EVERYTHING = HEADS | {
     "add_bias": True,
     "qk_norm": True,
@@ -172,7 +173,7 @@ MODELS = {
     "gru, rnn, lstm": {"sequence_mixer_blocks": [GRU, RNN, LSTM]},
     "m2rnn": {"sequence_mixer_blocks": [MATRICES, OWN_MATRICES]},
     "convolutions": {"sequence_mixer_blocks": [CONVOLUTION, GROUPED, ODD]},
-    "palm": {"sequence_mixer_blocks": [HEADS], "mlp_blocks": [DENSE]},
+    "palm": {"sequence_mixer_blocks": [ACROSS], "mlp_blocks": [DENSE]},
 }
 # Of as many processes, so that they start once.
 LAYOUTS = {

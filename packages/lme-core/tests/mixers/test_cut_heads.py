@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lme_core.architectures.gpt_base import GPTBaseConfig
+from lme_core.layers.normalization import Norm
 from lme_core.mixers.checks import head_units
 from lme_core.mixers.gated_norm import GatedNorm
 from lme_core.mixers.recurrent import RecurrentMixer
@@ -43,6 +44,23 @@ def test_a_norm_that_asks_for_averages_is_the_norm(kind, gated, before):
     assert asked
     for ours, expected in zip(*reversed(results), strict=True):
         # In float64 only the order of sums differs.
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "p_norm"])
+def test_so_is_one_without_a_gate(kind):
+    whole, asking = (
+        Norm(kind, 6, eps=1e-3, p=3.0, zero_centered=True, kernels=KernelPolicy()).double()
+        for _ in range(2)
+    )
+    asking.average_channels = lambda x: x
+    x, residual = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for norm in (whole, asking):
+        with torch.no_grad():
+            for number, each in enumerate(norm.parameters()):
+                each.copy_(torch.linspace(-1, 2, 6) + number)
+    torch.testing.assert_close(asking(x), whole(x), rtol=1e-10, atol=1e-12)
+    for ours, expected in zip(asking(x, residual, 0.5), whole(x, residual, 0.5), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -1,6 +1,6 @@
 """Norms by name, over the ops of lme-kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import overload
 
@@ -18,6 +18,10 @@ from lme_kernels.policy import KernelPolicy
 
 class Norm(nn.Module):
     """Normalisation of the last dim with a learned scale, alone or after a residual addition."""
+
+    average_channels: Callable[[Tensor], Tensor] | None
+    """Averages over the devices that have the other channels; `None`: all are here. Public so that
+    it can be replaced."""
 
     def __init__(
         self,
@@ -40,8 +44,11 @@ class Norm(nn.Module):
             kernels: Which implementation runs.
         """
         super().__init__()
-        self.kind = kind
+        self.kind: Normalization = kind
+        self.average_channels = None
+        self.size = size
         self.eps = eps
+        self.p = p
         self.zero_centered = zero_centered
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size)) if kind == "layernorm" else None
@@ -94,15 +101,54 @@ class Norm(nn.Module):
         """
         if residual is None:
             return self._norm(x)
-        if self.kind == "rmsnorm":
+        if self.kind == "rmsnorm" and self.average_channels is None:
             return self.add_rmsnorm(x, residual, self.factors(), eps=self.eps, scale=scale)
         total = residual + (x if scale == 1.0 else scale * x)
         return self._norm(total), total
 
     def _norm(self, x: Tensor) -> Tensor:
+        if self.average_channels is not None:
+            y = normalize_parts(
+                self.kind, x, self.average_channels, eps=self.eps, p=self.p, size=self.size
+            )
+            y = y * self.factors()
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         if self.bias is not None:
             return self.normalize(x, self.factors(), self.bias)
         return self.normalize(x, self.factors())
+
+
+def normalize_parts(
+    kind: Normalization,
+    x: Tensor,
+    average: Callable[[Tensor], Tensor],
+    *,
+    eps: float,
+    p: float,
+    size: int,
+) -> Tensor:
+    """Normalise channels of which others are on other devices, without scale and bias.
+
+    Args:
+        kind: Which norm.
+        x: Channels that are here, shape (..., C), as many on each device.
+        average: Averages a tensor over the devices, with its gradient.
+        eps: As of `Norm`.
+        p: Order of "p_norm".
+        size: Channels on all devices.
+
+    Returns:
+        Shape (..., C), in at least float32.
+    """
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    if kind == "p_norm":
+        mean = average(y.abs().pow(p).mean(-1, keepdim=True))
+        # Bounded before the root, whose slope at zero is infinite.
+        least = max(eps**p, torch.finfo(y.dtype).tiny)
+        return y / (mean * size).clamp(min=least).pow(1.0 / p).clamp(min=eps)
+    if kind == "layernorm":
+        y = y - average(y.mean(-1, keepdim=True))
+    return y * torch.rsqrt(average(y.square().mean(-1, keepdim=True)) + eps)
 
 
 def build_norm(settings: ModelSettings, size: int, kernels: KernelPolicy) -> Norm:

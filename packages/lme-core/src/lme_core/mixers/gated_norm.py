@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lme_core.layers.initialization import Constant, ParameterSpec
+from lme_core.layers.normalization import normalize_parts
 from lme_core.layers.settings import ModelSettings, Normalization
 from lme_kernels.ops.gated_rmsnorm import GATED_RMSNORM
 from lme_kernels.ops.layernorm import LAYERNORM
@@ -45,7 +46,7 @@ class GatedNorm(nn.Module):
         """
         super().__init__()
         eps = settings.layer_norm_epsilon
-        self.kind = kind
+        self.kind: Normalization | None = kind
         self.average_channels = None
         self.groups = groups
         self.group_size = size // groups
@@ -89,9 +90,17 @@ class GatedNorm(nn.Module):
             Shape (..., size).
         """
         if self.groups == 1:
-            if self.average_channels is not None and self.kind is not None:
-                return self._across_devices(x, gate, self.average_channels)
-            return self._gated(x, gate, self.weight, self.bias)
+            if self.average_channels is None or self.kind is None:
+                return self._gated(x, gate, self.weight, self.bias)
+            norm = partial(
+                normalize_parts,
+                self.kind,
+                average=self.average_channels,
+                eps=self.eps,
+                p=self.p,
+                size=self.group_size,
+            )
+            return self._across_devices(x, gate, norm)
         # Whole groups are here, perhaps not all.
         parts = (-1, self.group_size)
         y = self._gated(
@@ -120,26 +129,15 @@ class GatedNorm(nn.Module):
         return self.normalize(x, weight)
 
     def _across_devices(
-        self, x: Tensor, gate: Tensor | None, average: Callable[[Tensor], Tensor]
+        self, x: Tensor, gate: Tensor | None, norm: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Normalise channels of which others are elsewhere: sums over them go through `average`."""
+        """Normalise channels of which others are elsewhere, by `norm`, which knows of them."""
         compute = torch.promote_types(x.dtype, torch.float32)
         y = x.to(compute)
         opening = None if gate is None else F.silu(gate.to(compute))
         if opening is not None and not self.norm_before_gate:
             y = y * opening
-        match self.kind:
-            case "p_norm":
-                mean = average(y.abs().pow(self.p).mean(-1, keepdim=True))
-                # Bounded before the root, whose slope at zero is infinite.
-                least = max(self.eps**self.p, torch.finfo(compute).tiny)
-                norm = (mean * self.group_size).clamp(min=least).pow(1.0 / self.p)
-                y = y / norm.clamp(min=self.eps)
-            case "layernorm":
-                y = y - average(y.mean(-1, keepdim=True))
-                y = y * torch.rsqrt(average(y.square().mean(-1, keepdim=True)) + self.eps)
-            case _:
-                y = y * torch.rsqrt(average(y.square().mean(-1, keepdim=True)) + self.eps)
+        y = norm(y)
         y = y if self.weight is None else y * self.weight
         y = y if self.bias is None else y + self.bias
         if opening is not None and self.norm_before_gate:

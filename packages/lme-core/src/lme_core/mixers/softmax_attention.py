@@ -60,7 +60,7 @@ class SoftmaxAttentionConfig:
     """Whether queries and keys are RMS-normalised per head, with a learned scale, before RoPE."""
     qk_norm_across_heads: bool = False
     """Whether `qk_norm` is over the channels of all heads together, with a scale for each, as in
-    OLMo 2; such a layer is whole on every device."""
+    OLMo 2."""
     rope_theta: float | None = None
     """Base of the rotary frequencies in this layer, which then are not rescaled; absent: those of
     the model."""
@@ -388,8 +388,12 @@ class SoftmaxAttentionWithSinks(SoftmaxAttention):
 class SoftmaxAttentionNormedAcrossHeads(SoftmaxAttention):
     """Causal softmax attention whose queries and keys are normalised over all heads together."""
 
-    # A device that held some of the heads would need the others' sizes.
-    shard_plan: ClassVar[Mapping[str, str] | None] = {}
+    shard_plan: ClassVar[Mapping[str, str] | None] = {
+        "qkv": "column",
+        "output": "row",
+        "query_norm": "column",
+        "key_norm": "column",
+    }
 
     def _place(
         self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None
