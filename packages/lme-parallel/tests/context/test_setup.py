@@ -52,6 +52,7 @@ class Recurrence(nn.Module):
 def test_a_cache_is_refused():
     mixer = Recurrence()
     # Nobody is spoken to: no process group is needed.
-    cut_recurrence(mixer, Layout(2, 0, False), Group("none", 2, 0), Ring(None, 2, 0))
+    group, ring = Group("none", 2, 0), Ring(None, 2, 0)
+    cut_recurrence(mixer, Layout(2, 0, False), group, ring, uncompiled=lambda function: function)
     with pytest.raises(ValueError, match="has no caches for generation"):
         mixer(torch.zeros(1, 2, 3), SimpleNamespace(cu_seqlens=None), object())

@@ -16,10 +16,19 @@ def is_flash(query: Tensor, value: Tensor, rules: Rules) -> bool:
     return query.is_cuda and fits and value.shape[-1] == D and rules.softcap is None
 
 
-def is_flash_block(block: Block, rules: Rules) -> bool:
-    """Say whether what queries see in a block is all, or all that is not later."""
+def is_flash_block(block: Block, rules: Rules, *, packed: bool) -> bool:
+    """Say whether what queries see in a block is all, or all up to their own place.
+
+    Args:
+        block: Queries and keys.
+        rules: What a query sees.
+        packed: Whether documents are kept apart; if so, windows are served too.
+    """
     if block.is_full(rules.window):
         return True
+    if packed:
+        # Of every document here the last query is at the last key.
+        return block.query_start + block.queries == block.key_start + block.keys
     is_diagonal = block.query_start == block.key_start and block.queries == block.keys
     return is_diagonal and (rules.window is None or rules.window >= block.keys)
 
@@ -27,7 +36,7 @@ def is_flash_block(block: Block, rules: Rules) -> bool:
 def attend_flash(
     query: Tensor, key: Tensor, value: Tensor, block: Block, rules: Rules
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the keys of one block; as `attend_block`."""
+    """Attend to the keys of one block without documents; as `attend_block`."""
     q, k, v = (each.transpose(1, 2) for each in (query, key, value))
     output, sums, *_ = _OPS._scaled_dot_product_flash_attention(
         q, k, v, 0.0, not block.is_full(rules.window), False, scale=rules.scale
@@ -74,35 +83,35 @@ def attend_packed(
     key: Tensor,
     value: Tensor,
     bounds: tuple[Tensor, Tensor],
+    block: Block,
     rules: Rules,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the earlier tokens of the same documents.
+    """Attend to the keys of one block that are of the query's document; as `attend_block`.
 
     Args:
-        query: Shape (B, S, N, D), one piece of each row.
-        key: Shape (B, T, K, D), of all tokens up to the end of that piece.
+        query: Shape (B, S, N, D).
+        key: Shape (B, T, K, D).
         value: Shape (B, T, K, D).
         bounds: Of the documents, int32, (documents + 1,): over the B * S queries, and over the
             B * T keys.
+        block: Where they are.
         rules: What a query sees.
-
-    Returns:
-        As `attend_block`.
     """
     B, S = query.shape[:2]
+    causal, options = _options(block, rules)
     output, sums, *_ = _OPS._flash_attention_forward(
         *(each.flatten(0, 1).contiguous() for each in (query, key, value)),
         *bounds,
         S,
         key.shape[1],
         0.0,
-        True,
+        causal,
         False,
-        scale=rules.scale,
-        window_size_left=None if rules.window is None else rules.window - 1,
-        window_size_right=None if rules.window is None else 0,
+        **options,
     )
-    return output.unflatten(0, (B, S)).float(), sums.mT.unflatten(0, (B, S))
+    output, sums = output.unflatten(0, (B, S)).float(), sums.mT.unflatten(0, (B, S))
+    sees = _has_both(bounds, bounds[0], query)
+    return output.where(sees, 0.0), sums.where(sees[..., 0], float("-inf"))
 
 
 def packed_gradients(
@@ -113,12 +122,13 @@ def packed_gradients(
     output: Tensor,
     sums: Tensor,
     bounds: tuple[Tensor, Tensor],
+    block: Block,
     rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `attend_packed`, given the final output and logarithms."""
+    """Return what `attend_packed` adds to the gradients; as `flash_gradients`."""
     B, S = query.shape[:2]
-    dtype = query.dtype
-    flat = [each.flatten(0, 1).to(dtype) for each in (grad, query, key, value, output)]
+    causal, options = _options(block, rules)
+    flat = [each.flatten(0, 1).to(query.dtype) for each in (grad, query, key, value, output)]
     grads = _OPS._flash_attention_backward(
         *(each.contiguous() for each in flat),
         sums.flatten(0, 1).mT.contiguous(),
@@ -126,19 +136,41 @@ def packed_gradients(
         S,
         key.shape[1],
         0.0,
-        True,
+        causal,
         *_no_random(query.device),
-        scale=rules.scale,
-        window_size_left=None if rules.window is None else rules.window - 1,
-        window_size_right=None if rules.window is None else 0,
+        **options,
     )
     query_grad, key_grad, value_grad = (each.unflatten(0, (B, -1)).float() for each in grads)
-    # Documents without a query are not written.
+    # What is of documents without a query, or without a key, may not have been written.
+    sees, is_seen = _has_both(bounds, bounds[0], query), _has_both(bounds, bounds[1], key)
+    return query_grad.where(sees, 0.0), key_grad.where(is_seen, 0.0), value_grad.where(is_seen, 0.0)
+
+
+def _options(block: Block, rules: Rules) -> tuple[bool, dict[str, float | int]]:
+    """Return whether later keys are hidden, and the scale and window."""
+    options: dict[str, float | int] = {"scale": rules.scale}
+    if block.is_full(rules.window):
+        return False, options
+    if rules.window is not None:
+        options |= {"window_size_left": rules.window - 1, "window_size_right": 0}
+    return True, options
+
+
+def _has_both(bounds: tuple[Tensor, Tensor], here: Tensor, x: Tensor) -> Tensor:
+    """Say of which tokens the document has queries and keys.
+
+    Args:
+        bounds: As `attend_packed`.
+        here: One of them.
+        x: What it is over, shape (B, tokens of a row, ...).
+
+    Returns:
+        Shape (B, tokens of a row, 1, 1), bool.
+    """
     of_queries, of_keys = bounds
-    tokens = torch.arange(B * key.shape[1], device=key.device, dtype=of_keys.dtype)
-    document = torch.searchsorted(of_keys, tokens, right=True) - 1
-    has_query = (of_queries.diff() > 0)[document].view(B, -1, 1, 1)
-    return query_grad, key_grad.where(has_query, 0.0), value_grad.where(has_query, 0.0)
+    has_both = (of_queries.diff() > 0) & (of_keys.diff() > 0)
+    B, length = x.shape[:2]
+    return has_both.repeat_interleave(here.diff(), output_size=B * length).view(B, length, 1, 1)
 
 
 def _no_random(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,48 @@ def attend_in_blocks(
     return _Attend.apply(query, key, value, sinks, cu_seqlens, call)
 
 
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Documents of whole rows, each as far as it is in a block."""
+
+    number_of_token: Tensor
+    """Which document it is of, shape (B, S)."""
+    row: Tensor
+    """Of each bound, shape (documents + 1,): which row begins or goes on there."""
+    place: Tensor
+    """Of each bound: where in the row."""
+
+    @classmethod
+    def of(cls, query: Tensor, cu_seqlens: Tensor | None, call: Call) -> "Documents | None":
+        """Find them; `None` where each row is one.
+
+        Args:
+            query: Of the tokens here, shape (B, C, N, D).
+            cu_seqlens: Bounds of documents in the B * W * C tokens of the whole rows.
+            call: Where tokens are.
+        """
+        if cu_seqlens is None:
+            return None
+        B, S = query.shape[0], query.shape[1] * call.layout.size
+        tokens = torch.arange(B * S, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+        numbers = torch.searchsorted(cu_seqlens, tokens, right=True).view(B, S)
+        row = torch.div(cu_seqlens, S, rounding_mode="floor")
+        return cls(numbers, row, cu_seqlens - row * S)
+
+    def numbers(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Return which documents queries (B, queries) and keys (B, keys) are of."""
+        of_queries = self.number_of_token[:, block.query_start :][:, : block.queries]
+        return of_queries, self.number_of_token[:, block.key_start :][:, : block.keys]
+
+    def bounds(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Return bounds of documents, int32, over the B * queries and over the B * keys."""
+        of_queries = self.row * block.queries
+        of_queries = of_queries + (self.place - block.query_start).clamp(0, block.queries)
+        of_keys = self.row * block.keys
+        of_keys = of_keys + (self.place - block.key_start).clamp(0, block.keys)
+        return of_queries.int(), of_keys.int()
+
+
 class _Visit(NamedTuple):
     """Queries and keys of which the ones may see the others."""
 
@@ -79,7 +121,7 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         packed = torch.cat((key, value), dim=-1)
         parts = query.chunk(call.layout.pieces_each, dim=1)
-        documents = _documents(query, cu_seqlens, call)
+        documents = Documents.of(query, cu_seqlens, call)
         results: list[tuple[Tensor, Tensor] | None] = [None] * len(parts)
 
         def add(part: int, more: tuple[Tensor, Tensor]) -> None:
@@ -88,14 +130,9 @@ class _Attend(torch.autograd.Function):
 
         if call.ring is None:
             whole = _collect(packed, call)
-            if cu_seqlens is not None and is_flash(query, value, call.rules):
-                for part, stop, bounds in _prefixes(parts, cu_seqlens, call):
-                    k, v = _split(whole[:, :stop], key)
-                    add(part, attend_packed(parts[part], k, v, bounds, call.rules))
-            else:
-                for visit in _visits_of_whole(parts, call):
-                    k, v = _split(whole[:, visit.keys], key)
-                    add(visit.part, _attend(parts[visit.part], k, v, visit.block, call, documents))
+            for visit in _visits_of_whole(parts, call):
+                k, v = _split(whole[:, visit.keys], key)
+                add(visit.part, _attend(parts[visit.part], k, v, visit.block, call, documents))
         else:
             for rank, theirs in call.ring.visits(packed):
                 for visit in _visits_of(rank, parts, call):
@@ -116,7 +153,7 @@ class _Attend(torch.autograd.Function):
         compute = output.dtype
         packed = torch.cat((key, value), dim=-1)
         delta = (grad.to(compute) * output).sum(-1)
-        documents = _documents(query, cu_seqlens, call)
+        documents = Documents.of(query, cu_seqlens, call)
         each = call.layout.pieces_each
         of_queries = [
             _OfQueries(*tensors)
@@ -135,19 +172,10 @@ class _Attend(torch.autograd.Function):
         if call.ring is None:
             whole = _collect(packed, call)
             whole_grad = torch.zeros_like(whole, dtype=compute)
-            if cu_seqlens is not None and is_flash(query, value, call.rules):
-                for part, stop, bounds in _prefixes(parts, cu_seqlens, call):
-                    k, v = _split(whole[:, :stop], key)
-                    one = of_queries[part]
-                    more = packed_gradients(
-                        one.query, k, v, one.grad, one.output, one.sums, bounds, call.rules
-                    )
-                    add(whole_grad[:, :stop], part, more)
-            else:
-                for visit in _visits_of_whole(parts, call):
-                    k, v = _split(whole[:, visit.keys], key)
-                    more = _gradients(of_queries[visit.part], k, v, visit.block, call, documents)
-                    add(whole_grad[:, visit.keys], visit.part, more)
+            for visit in _visits_of_whole(parts, call):
+                k, v = _split(whole[:, visit.keys], key)
+                more = _gradients(of_queries[visit.part], k, v, visit.block, call, documents)
+                add(whole_grad[:, visit.keys], visit.part, more)
             packed_grad = _give_back(whole_grad, call)
         else:
             for rank, theirs, place in call.ring.visits_back(packed, compute):
@@ -182,11 +210,20 @@ class _OfQueries(NamedTuple):
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, block: Block, call: Call, documents: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: Block,
+    call: Call,
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    if _is_flash(query, value, block, call, documents):
-        return attend_flash(query, key, value, block, call.rules)
-    return attend_block(query, key, value, block, call.rules, _of_block(documents, block))
+    rules = call.rules
+    if _is_flash(query, value, block, rules, documents):
+        if documents is None:
+            return attend_flash(query, key, value, block, rules)
+        return attend_packed(query, key, value, documents.bounds(block), block, rules)
+    numbers = None if documents is None else documents.numbers(block)
+    return attend_block(query, key, value, block, rules, numbers)
 
 
 def _gradients(
@@ -195,30 +232,24 @@ def _gradients(
     value: Tensor,
     block: Block,
     call: Call,
-    documents: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_flash(one.query, value, block, call, documents):
-        return flash_gradients(
-            one.query, key, value, one.grad, one.output, one.sums, block, call.rules
-        )
-    return block_gradients(
-        one.query,
-        key,
-        value,
-        one.grad,
-        one.delta,
-        one.sums,
-        block,
-        call.rules,
-        _of_block(documents, block),
-    )
+    rules = call.rules
+    query, grad, output, delta, sums = one
+    if _is_flash(query, value, block, rules, documents):
+        if documents is None:
+            return flash_gradients(query, key, value, grad, output, sums, block, rules)
+        bounds = documents.bounds(block)
+        return packed_gradients(query, key, value, grad, output, sums, bounds, block, rules)
+    numbers = None if documents is None else documents.numbers(block)
+    return block_gradients(query, key, value, grad, delta, sums, block, rules, numbers)
 
 
 def _is_flash(
-    query: Tensor, value: Tensor, block: Block, call: Call, documents: Tensor | None
+    query: Tensor, value: Tensor, block: Block, rules: Rules, documents: Documents | None
 ) -> bool:
-    fits = documents is None and is_flash_block(block, call.rules)
-    return fits and is_flash(query, value, call.rules)
+    fits = is_flash_block(block, rules, packed=documents is not None)
+    return fits and is_flash(query, value, rules)
 
 
 def _visits_of(rank: int, parts: list[Tensor] | tuple[Tensor, ...], call: Call) -> Iterator[_Visit]:
@@ -235,45 +266,12 @@ def _visits_of(rank: int, parts: list[Tensor] | tuple[Tensor, ...], call: Call) 
 
 
 def _visits_of_whole(parts: list[Tensor] | tuple[Tensor, ...], call: Call) -> Iterator[_Visit]:
-    """List which keys of the whole sequence are seen from here: those before a piece, and its own."""
+    """List which keys of the whole sequence are seen from here: those up to the end of a piece."""
     length, window = parts[0].shape[1], call.rules.window
     for part, start in enumerate(call.layout.starts(length)):
         first = 0 if window is None else max(0, start - window + 1)
-        if first < start:
-            keys = slice(first, start)
-            yield _Visit(part, keys, Block(start, first, length, start - first))
-        yield _Visit(part, slice(start, start + length), Block(start, start, length, length))
-
-
-def _prefixes(
-    parts: list[Tensor] | tuple[Tensor, ...], cu_seqlens: Tensor, call: Call
-) -> Iterator[tuple[int, int, tuple[Tensor, Tensor]]]:
-    """Yield each piece, where it ends, and bounds of documents in it and in all up to there."""
-    _B, length = parts[0].shape[:2]
-    S = length * call.layout.num_pieces
-    rows = torch.div(cu_seqlens, S, rounding_mode="floor")
-    places = cu_seqlens - rows * S
-    for part, start in enumerate(call.layout.starts(length)):
         stop = start + length
-        of_queries = rows * length + (places - start).clamp(0, length)
-        of_keys = rows * stop + places.clamp(max=stop)
-        yield part, stop, (of_queries.int(), of_keys.int())
-
-
-def _documents(query: Tensor, cu_seqlens: Tensor | None, call: Call) -> Tensor | None:
-    """Number the document of each token of the whole rows, (B, S)."""
-    if cu_seqlens is None:
-        return None
-    B, S = query.shape[0], query.shape[1] * call.layout.size
-    tokens = torch.arange(B * S, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens, tokens, right=True).view(B, S)
-
-
-def _of_block(documents: Tensor | None, block: Block) -> tuple[Tensor, Tensor] | None:
-    if documents is None:
-        return None
-    of_queries = documents[:, block.query_start : block.query_start + block.queries]
-    return of_queries, documents[:, block.key_start : block.key_start + block.keys]
+        yield _Visit(part, slice(first, stop), Block(start, first, length, stop - first))
 
 
 def _collect(packed: Tensor, call: Call) -> Tensor:

@@ -18,7 +18,14 @@ from lme_parallel.tensor.collectives import Group
 Run = Callable[[Tensor | None], tuple[Tensor, Tensor]]
 
 
-def cut_recurrence(mixer: Any, layout: Layout, group: Group, ring: Ring) -> None:  # of the seam
+def cut_recurrence(
+    mixer: Any,  # of the seam
+    layout: Layout,
+    group: Group,
+    ring: Ring,
+    *,
+    uncompiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+) -> None:
     """Let a recurrent mixer run on sequences that are cut.
 
     Where pieces are balanced they are exchanged for neighbouring ones before the mixer, and back
@@ -30,6 +37,7 @@ def cut_recurrence(mixer: Any, layout: Layout, group: Group, ring: Ring) -> None
         layout: How sequences are cut.
         group: The processes.
         ring: The same, for messages between neighbours.
+        uncompiled: Keeps a compiler out of a function, where there is one.
     """
     exchange = _Exchange(layout, group, ring)
     mixer.exchange_state = exchange.state
@@ -52,7 +60,7 @@ def cut_recurrence(mixer: Any, layout: Layout, group: Group, ring: Ring) -> None
         y = forward(x, context, None)
         return from_contiguous(y, layout, group) if layout.is_balanced else y
 
-    mixer.forward = cut
+    mixer.forward = uncompiled(cut)
 
 
 def _state_shape(mixer: Any) -> tuple[int, ...]:  # of the seam

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -94,15 +95,16 @@ def apply_context_parallel(
     group = Group(processes.group_name, layout.size, layout.rank)
     ring = Ring(processes, layout.size, layout.rank)
     goes_around = args.context_parallel_attention == "ring"
+    uncompiled = partial(_uncompiled, args=args)
     for module in _modules(model):
         if _is_attention(module):
-            module.attend = _uncompiled(
-                ContextAttention(module.attend, layout, group, ring if goes_around else None), args
+            module.attend = uncompiled(
+                ContextAttention(module.attend, layout, group, ring if goes_around else None)
             )
         elif _is_recurrent(module):
-            cut_recurrence(module, layout, group, ring)
+            cut_recurrence(module, layout, group, ring, uncompiled=uncompiled)
         elif hasattr(module, "reduce_counts"):
-            module.reduce_counts = _uncompiled(_AddUp(group), args)
+            module.reduce_counts = uncompiled(_AddUp(group))
             module.parts = layout.size
     # Tensor parallelism cuts each process's part of a sequence once more.
     multiple = args.tensor_parallel_world_size if args.sequence_parallel else 1
