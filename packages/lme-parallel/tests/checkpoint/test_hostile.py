@@ -3,17 +3,27 @@
 import json
 import os
 import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from google_crc32c import value as crc32c
+from torch import distributed
 
+from lme_parallel.args import DistributedArgs
+from lme_parallel.checkpoint.args import LoadArgs, SaveArgs
+from lme_parallel.checkpoint.checkpointer import Checkpointer
 from lme_parallel.checkpoint.errors import CheckpointError
 from lme_parallel.checkpoint.layout import check_array_name
 from lme_parallel.checkpoint.reader import Checkpoint, newest_valid
 from lme_parallel.checkpoint.snapshot import Snapshot, collect_tensors
 from lme_parallel.checkpoint.unshard import iterate_tensors
 from lme_parallel.checkpoint.writer import write_checkpoint
+from lme_parallel.shards import boxed, whole
+from lme_parallel.testing import run_distributed
+from lme_parallel.topology import Topology
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +231,144 @@ def test_directories_of_other_names_are_no_checkpoints(name, checkpoint):
 def test_names_that_are_no_file_names_are_refused_at_saving(name):
     with pytest.raises(CheckpointError, match="cannot be called"):
         check_array_name(name)
+
+
+@dataclass
+class State:
+    step: int = 0
+    tokens: int = 0
+
+
+def on_two_ranks(folder):
+    """A run whose one tensor is cut in halves and whose other one both ranks hold."""
+    rank = distributed.get_rank()
+    return Checkpointer(
+        SaveArgs(save_path=str(folder), save_interval=1),
+        parameters={
+            "a.weight": torch.nn.Parameter(torch.full((2, 3), float(rank))),
+            "a.bias": torch.nn.Parameter(torch.ones(3)),
+        },
+        buffers={},
+        optimizer=None,
+        stateful={},
+        documents={},
+        topology=Topology.from_args(DistributedArgs(stage=3), 2, rank),
+        shards={
+            "a.weight": boxed((4, 3), (slice(2 * rank, 2 * rank + 2), slice(0, 3)), is_owner=True),
+            "a.bias": whole((3,), is_owner=rank == 0),
+        },
+    )
+
+
+def link_out(path, name):
+    """Put a link to something of the same name outside in the place of a part."""
+    target = path.parents[1] / "outside" / Path(name).name
+    target.parent.mkdir()
+    (path / name).rename(target)
+    (path / name).symlink_to(target)
+
+
+def flip_in(path, chunk):
+    flip_byte(path, f"model/a.weight/c/{chunk}/0", 3)
+
+
+# Where only one of the ranks reads the part that is wrong, too.
+ON_RANKS = {
+    **{name: damage for name, damage in DAMAGE.items() if name != "no COMMIT"},
+    **INSIDE,
+    "a chunk links out": lambda path: link_out(path, CHUNK),
+    "an array links out": lambda path: link_out(path, "model/a.weight"),
+    "a group links out": lambda path: link_out(path, "model"),
+    "a document links out": lambda path: link_out(path, "state.json"),
+    "COMMIT links out": lambda path: link_out(path, "COMMIT"),
+    "a value of the first half was flipped": lambda path: flip_in(path, 0),
+    "a value of the second half was flipped": lambda path: flip_in(path, 1),
+    "state is of another step": lambda path: rewrite(path, "state.json", b'{"step": 4}'),
+    "state has no counters": lambda path: rewrite(path, "state.json", b"{}"),
+}
+
+
+def restore_each(folder, names):
+    """Restore each damaged copy on both ranks; return what is said, and what was opened outside."""
+    folder, opened, said = Path(folder), [], []
+    checkpointer = on_two_ranks(folder / "original")
+    checkpointer.save(State(5, 50))
+
+    def note(event, arguments):
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            path = Path(arguments[0]).absolute()
+            path = path.parent.resolve() / path.name
+            # Such a call fails where the last part is a link; the parts before it are followed.
+            is_followed = not arguments[2] & os.O_NOFOLLOW
+            opened.append(str(path.resolve() if is_followed else path))
+
+    for number, name in enumerate(names):
+        case = folder / str(number)
+        if distributed.get_rank() == 0:
+            copy = shutil.copytree(folder / "original" / "global_step5", case / "run/global_step5")
+            ON_RANKS[name](copy)
+        distributed.barrier()
+        state = State()
+        checkpointer = on_two_ranks(case / "run")
+        if not number:
+            sys.addaudithook(note)
+        try:
+            checkpointer.restore(state)
+            said.append("restored")
+        except CheckpointError as error:
+            said.append(f"CheckpointError: {error}")
+        assert (state.step, state.tokens) == (0, 0), (name, said[-1])
+        distributed.barrier()
+    mine = folder.resolve()
+    return [said, [each for each in opened if each.startswith(f"{mine}/") and "outside" in each]]
+
+
+def test_two_ranks_end_in_one_typed_error_and_touch_nothing_outside(fast_path):
+    names = list(ON_RANKS)
+    assert len(names) >= 30
+    (first, opened), (second, opened_2) = run_distributed(restore_each, 2, str(fast_path), names)
+    assert opened == opened_2 == []
+    for name, message, other in zip(names, first, second, strict=True):
+        assert message.startswith("CheckpointError: "), name
+        assert other.startswith("CheckpointError: "), name
+        # One error, that of who found it first; the other says whose it is.
+        assert message == other or "rank" in message + other, name
+
+
+def restore_where_ranks_differ(folder):
+    """Restore where rank 1 cannot open what rank 0 can; return the steps, or the error."""
+    folder, found = Path(folder), []
+    rank = distributed.get_rank()
+    checkpointer = on_two_ranks(folder / "shared")
+    for step in (5, 7, 9):
+        checkpointer.save(State(step))
+    # Rank 1 sees the newest one damaged, then the one before it, then none, as on a bad mount.
+    own = folder / f"own{rank}"
+    shutil.copytree(folder / "shared", own)
+    for damaged in (9, 7, 5):
+        if rank == 1:
+            (own / f"global_step{damaged}" / "COMMIT").write_text("{}")
+        state = State()
+        try:
+            found.append(on_two_ranks(own).restore(state))
+        except CheckpointError as error:
+            found.append(str(error))
+    if rank == 1:
+        shutil.rmtree(own)
+        own.mkdir()
+    for load_args in (None, LoadArgs(load_path=str(own))):
+        try:
+            found.append(on_two_ranks(own).restore(State(), load_args))
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_that_see_different_checkpoints_take_the_same_or_none(fast_path):
+    first, second = run_distributed(restore_where_ranks_differ, 2, str(fast_path))
+    assert first[:2] == second[:2] == [7, 5]
+    assert first[2].startswith("rank 1: no checkpoint in ")
+    assert second[2].startswith("no checkpoint in ")
+    for message in (*first[3:], *second[3:]):
+        assert "rank 1 sees no checkpoint" in message
+        assert "directory that all processes share" in message

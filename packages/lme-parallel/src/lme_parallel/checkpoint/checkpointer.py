@@ -192,7 +192,7 @@ class Checkpointer:
             CheckpointError: If there are checkpoints to start from, but none is valid.
         """
         self.wait()
-        if has_committed(self._run):
+        if self._has_committed():
             if load_args is not None:
                 logger.info("`load_args` left aside: `save_path` holds checkpoints of this run")
             own = LoadArgs(load_path=self._args.save_path)
@@ -226,11 +226,13 @@ class Checkpointer:
         self, settings: LoadArgs, state: TrainState, *, is_own: bool, keep: Collection[str] = ()
     ) -> int:
         failure: CheckpointError | None = None
-        for checkpoint in _candidates(settings):
+        for checkpoint in self._agreed(_candidates(settings)):
             try:
                 # All take the same one: what one cannot read, none uses.
                 with self._crew.together():
-                    self._load(checkpoint, settings, state, is_own=is_own, keep=keep)
+                    saved = self._load(checkpoint, settings, is_own=is_own)
+                with self._crew.together():
+                    self._take_over(saved, settings, state, keep)
             except CheckpointMismatchError:
                 raise
             except CheckpointError as error:
@@ -242,19 +244,39 @@ class Checkpointer:
                 continue
             logger.info("checkpoint restored: path=%s", checkpoint.path)
             return checkpoint.step
+        reason = failure or "each is damaged for some process"
         raise CheckpointError(
-            f"no checkpoint in {settings.load_path} could be read: {failure}"
+            f"no checkpoint in {settings.load_path} could be read: {reason}"
         ) from failure
 
-    def _load(
-        self,
-        checkpoint: Checkpoint,
-        settings: LoadArgs,
-        state: TrainState,
-        *,
-        is_own: bool,
-        keep: Collection[str],
-    ) -> None:
+    def _has_committed(self) -> bool:
+        found = self._crew.gather(has_committed(self._run))
+        if len(set(found)) > 1:
+            blind = ", ".join(str(rank) for rank, each in enumerate(found) if not each)
+            raise CheckpointError(
+                f"rank {blind} sees no checkpoint in `save_args.save_path` {self._run}, but others"
+                " do; it must be a directory that all processes share"
+            )
+        return found[0]
+
+    def _agreed(self, candidates: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
+        """Yield what every process finds valid, newest first; an error of one is one of all."""
+        found: Checkpoint | None = None
+        oldest = -1
+        while True:
+            with self._crew.together():
+                if found is None or found.step > oldest:
+                    found = next(candidates, None)
+            steps = self._crew.gather(None if found is None else found.step)
+            if found is None or None in steps:
+                return
+            oldest = min(steps)
+            if max(steps) == oldest:
+                yield found
+                found = None
+
+    def _load(self, checkpoint: Checkpoint, settings: LoadArgs, *, is_own: bool) -> dict[str, Json]:
+        """Read what are tensors or belong to them, and return the rest."""
         saved = _checked_state(checkpoint)
         optimizer = self._optimizer if settings.load_optimizer else None
         if optimizer is not None and not saved["has_optimizer"]:
@@ -275,6 +297,16 @@ class Checkpointer:
         )
         if settings.load_lr_scheduler and self._optimizer is not None:
             load_learning_rates(checkpoint, self._parameters, self._optimizer)
+        return saved
+
+    def _take_over(
+        self,
+        saved: dict[str, Json],
+        settings: LoadArgs,
+        state: TrainState,
+        keep: Collection[str],
+    ) -> None:
+        """Set counters and what has JSON state, once every process has read its tensors."""
         started = settings.load_starting_iteration
         state.step, state.tokens = (saved["step"], saved["tokens"]) if started else (0, 0)
         stateful = {name: each for name, each in self._stateful.items() if name not in keep}
