@@ -272,6 +272,14 @@ def test_right_padding_changes_nothing_before_it_and_left_padding_is_refused():
         model(batch | {"valid": valid.flip(1)})
 
 
+def test_a_row_may_be_all_padding():
+    # As where rows are cut over devices, and one has what is behind their end.
+    valid = torch.ones(B, S, dtype=torch.bool)
+    valid[0] = False
+    batch = random_batch()
+    assert torch.equal(build()(batch | {"valid": valid}).logits, build()(batch).logits)
+
+
 def test_stages_of_a_pipeline_make_the_whole():
     config = replace(
         CONFIG,

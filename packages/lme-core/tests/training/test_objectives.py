@@ -50,6 +50,13 @@ def test_counts_come_before_the_forward_pass_and_agree_with_the_sums(
     assert {term.per for term in sums.extras.values()} <= counts.keys()
 
 
+def test_rows_that_count_elsewhere_say_so_in_the_batch(counting_loader):
+    batch = {**next(counting_loader(batch_size=3)), "sequences": torch.tensor(0)}
+    counts = build_objective(TuningArgs(tuning_method="pretraining")).counts(batch)
+    assert counts["sequences"] == 0
+    assert counts["targets"] == (batch["labels"] != -100).sum()
+
+
 def test_the_teacher_sees_no_dropout(tiny_model, counting_loader):
     batch = {**next(counting_loader()), "dropout_key": torch.tensor(5)}
     teacher = tiny_model(dropout=True, seed=1)
