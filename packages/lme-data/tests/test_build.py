@@ -267,3 +267,44 @@ def test_endless_batches_are_the_same_and_go_on(write_corpus, order, weights):
     resumed = build([entry], is_endless=True).train
     resumed.load_state_dict(endless.state_dict())
     assert torch.equal(ids(resumed, 3), ids(endless, 3))
+
+
+def rows_of(datasets, world, steps, state=None):
+    """Rows that all ranks read in so many steps, and the state that each of them saves."""
+    rows, states = [], []
+    for rank in range(world):
+        settings = {"micro_batch_size": 4 // world, "data_rank": rank, "data_world_size": world}
+        each = build(datasets, **settings).train
+        if state is not None:
+            each.load_state_dict(json.loads(state))
+        rows += ids(each, steps).tolist()
+        states.append(json.dumps(each.state_dict()))
+    assert len(set(states)) == 1
+    return sorted(rows), states[0]
+
+
+@pytest.mark.parametrize("order", ["megatron", "stable"])
+@pytest.mark.parametrize("world", [1, 4])
+def test_what_is_left_of_an_epoch_is_read_by_any_number_of_ranks(write_corpus, order, world):
+    # Each row of the mixture occurs once in an epoch.
+    one = write_corpus([10] * 200, "one")
+    two = write_corpus([10] * 100, "two", first=10_000)
+    three = write_corpus([10] * 50, "three", first=30_000)
+    shared = {"split": "100,0,0", "order": order}
+    datasets = [
+        megatron("m", 3, data_path=[2, one, 1, two], **shared),
+        megatron("n", 1, data_path=three, **shared),
+    ]
+    # 10 steps of 4; 3 of them by two ranks.
+    straight, _ = rows_of(datasets, 1, 10)
+    assert len({tuple(row) for row in straight}) == 40
+    before, state = rows_of(datasets, 2, 3)
+    after, _ = rows_of(datasets, world, 7, state)
+    assert sorted(before + after) == straight
+    assert after == sorted(ids_after(datasets, 3, 10))
+
+
+def ids_after(datasets, first, last):
+    """Rows that one rank reads from one step to another without a stop."""
+    each = build(datasets, micro_batch_size=4).train
+    return ids(each, last).tolist()[4 * first :]
