@@ -14,7 +14,7 @@ from lme_parallel.context.blocks import Block, Rules, attend_block, block_gradie
 from lme_parallel.context.layout import Layout
 from lme_parallel.context.passes import Call, Documents
 
-B, S, N, K, D = 2, 16, 4, 2, 8
+B, S, N, K, D, V = 2, 16, 4, 2, 8, 5
 PACKED = torch.tensor([0, 1, 4, 9, 16, 20, 29, 32], dtype=torch.int32)
 BLOCKS = {
     "own": Block(4, 4, 4, 4),
@@ -48,7 +48,8 @@ def scores(query, key, scale, causal, left):
 
 
 def packed_forward(q, k, v, of_queries, of_keys, most_q, most_k, p, causal, mask, **options):
-    output = torch.full((*q.shape[:2], v.shape[-1]), torch.nan, dtype=q.dtype)
+    assert v.shape == k.shape
+    output = torch.full(q.shape, torch.nan, dtype=q.dtype)
     sums = torch.full((q.shape[1], q.shape[0]), torch.nan, dtype=q.dtype)
     left = options.get("window_size_left")
     for (a, b), (c, d) in zip(pairs(of_queries), pairs(of_keys), strict=True):
@@ -135,7 +136,7 @@ def test_a_block_is_that_of_plain_torch(name, packed, window):
     block, rules = BLOCKS[name], Rules(scale=0.3, window=window, softcap=None)
     generator = torch.Generator().manual_seed(0)
     T = block.keys
-    shapes = [(B, 4, N, D), (B, T, K, D), (B, T, K, D), (B, 4, N, D)]
+    shapes = [(B, 4, N, D), (B, T, K, D), (B, T, K, V), (B, 4, N, V)]
     query, key, value, grad = (torch.randn(each, generator=generator) for each in shapes)
     documents = None
     if packed:

@@ -88,7 +88,6 @@ def test_layouts_compute_what_one_process_computes(size):
 @pytest.mark.parametrize("size", IN_FP32)
 def test_so_they_do_in_fp32(size):
     for name, each in compare(size, IN_FP32[size], torch.float32).items():
-        # Gradients of single parameters of this model nearly cancel: a relative 1e-6 of their terms
-        # is up to a hundred times as much of them.
-        assert each.pop("gradients") < 1e-4, name
+        # Terms of some parameters' gradients cancel: those differ by a little more, 1.3e-6 at most.
+        assert each.pop("gradients") < 4e-6, name
         assert max(each.values()) < BOUNDS[torch.float32], (name, each)

@@ -31,6 +31,8 @@ CASES = {
     "documents": {"documents": True},
     "window": {"window": 300},
     "documents, window": {"documents": True, "window": 300},
+    "shorter values": {"value": 48},
+    "documents, shorter values": {"documents": True, "value": 48},
     "sinks": {"sinks": True},
     "documents, sinks": {"documents": True, "sinks": True},
     "bound": {"softcap": 5.0},
@@ -71,7 +73,8 @@ def dense(query, key, value, *, causal, scale, window, softcap, cu_seqlens, mask
 def inputs(case, device):
     options = CASES[case]
     generator = torch.Generator().manual_seed(0)
-    shapes = [(B, S, 4, 64), (B, S, 2, 64), (B, S, 2, 64), (B, S, 4, 64)]
+    V = options.get("value", 64)
+    shapes = [(B, S, 4, 64), (B, S, 2, 64), (B, S, 2, V), (B, S, 4, V)]
     tensors = [torch.randn(each, generator=generator).to(device, torch.bfloat16) for each in shapes]
     sinks = torch.randn(4, generator=generator).to(device) if "sinks" in options else None
     bounds = torch.tensor(PACKED, dtype=torch.int32, device=device)

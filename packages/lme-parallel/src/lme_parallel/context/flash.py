@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lme_parallel.context.blocks import Block, Rules
 
@@ -13,7 +14,8 @@ def is_flash(query: Tensor, value: Tensor, rules: Rules) -> bool:
     """Say whether the kernels serve a call's shapes and dtype."""
     D = query.shape[-1]
     fits = query.dtype in (torch.float16, torch.bfloat16) and D % 8 == 0 and D <= 256
-    return query.is_cuda and fits and value.shape[-1] == D and rules.softcap is None
+    # Values may be shorter, as in latent attention: they are filled up.
+    return query.is_cuda and fits and value.shape[-1] <= D and rules.softcap is None
 
 
 def is_flash_block(block: Block, rules: Rules, *, packed: bool) -> bool:
@@ -37,11 +39,11 @@ def attend_flash(
     query: Tensor, key: Tensor, value: Tensor, block: Block, rules: Rules
 ) -> tuple[Tensor, Tensor]:
     """Attend to the keys of one block without documents; as `attend_block`."""
-    q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+    q, k, v = (each.transpose(1, 2) for each in (query, key, _filled(value, query)))
     output, sums, *_ = _OPS._scaled_dot_product_flash_attention(
         q, k, v, 0.0, not block.is_full(rules.window), False, scale=rules.scale
     )
-    return output.transpose(1, 2).float(), sums.transpose(1, 2)
+    return output.transpose(1, 2)[..., : value.shape[-1]].float(), sums.transpose(1, 2)
 
 
 def flash_gradients(
@@ -55,7 +57,8 @@ def flash_gradients(
     rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what one block adds to the gradients; as `block_gradients`, from the whole output."""
-    q, k, v, g, o = (each.transpose(1, 2) for each in (query, key, value, grad, output))
+    of_values = (_filled(each, query) for each in (value, grad, output))
+    q, k, v, g, o = (each.transpose(1, 2) for each in (query, key, *of_values))
     seed, offset = _no_random(query.device)
     grads = _OPS._scaled_dot_product_flash_attention_backward(
         g.to(q.dtype),
@@ -75,7 +78,7 @@ def flash_gradients(
         scale=rules.scale,
     )
     query_grad, key_grad, value_grad = (each.transpose(1, 2).float() for each in grads)
-    return query_grad, key_grad, value_grad
+    return query_grad, key_grad, value_grad[..., : value.shape[-1]]
 
 
 def attend_packed(
@@ -100,7 +103,7 @@ def attend_packed(
     B, S = query.shape[:2]
     causal, options = _options(block, rules)
     output, sums, *_ = _OPS._flash_attention_forward(
-        *(each.flatten(0, 1).contiguous() for each in (query, key, value)),
+        *(each.flatten(0, 1).contiguous() for each in (query, key, _filled(value, query))),
         *bounds,
         S,
         key.shape[1],
@@ -109,7 +112,8 @@ def attend_packed(
         False,
         **options,
     )
-    output, sums = output.unflatten(0, (B, S)).float(), sums.mT.unflatten(0, (B, S))
+    output = output[..., : value.shape[-1]].unflatten(0, (B, S)).float()
+    sums = sums.mT.unflatten(0, (B, S))
     sees = _has_both(bounds, bounds[0], query)
     return output.where(sees, 0.0), sums.where(sees[..., 0], float("-inf"))
 
@@ -128,7 +132,8 @@ def packed_gradients(
     """Return what `attend_packed` adds to the gradients; as `flash_gradients`."""
     B, S = query.shape[:2]
     causal, options = _options(block, rules)
-    flat = [each.flatten(0, 1).to(query.dtype) for each in (grad, query, key, value, output)]
+    g, v, o = (_filled(each, query) for each in (grad, value, output))
+    flat = [each.flatten(0, 1).to(query.dtype) for each in (g, query, key, v, o)]
     grads = _OPS._flash_attention_backward(
         *(each.contiguous() for each in flat),
         sums.flatten(0, 1).mT.contiguous(),
@@ -143,7 +148,13 @@ def packed_gradients(
     query_grad, key_grad, value_grad = (each.unflatten(0, (B, -1)).float() for each in grads)
     # What is of documents without a query, or without a key, may not have been written.
     sees, is_seen = _has_both(bounds, bounds[0], query), _has_both(bounds, bounds[1], key)
+    value_grad = value_grad[..., : value.shape[-1]]
     return query_grad.where(sees, 0.0), key_grad.where(is_seen, 0.0), value_grad.where(is_seen, 0.0)
+
+
+def _filled(x: Tensor, query: Tensor) -> Tensor:
+    """Fill channels of values up to those of queries; zeros change nothing."""
+    return F.pad(x, (0, query.shape[-1] - x.shape[-1]))
 
 
 def _options(block: Block, rules: Rules) -> tuple[bool, dict[str, float | int]]:
