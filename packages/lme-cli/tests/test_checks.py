@@ -135,6 +135,14 @@ def checked(*settings, world_size=None):
             "training_parameters.global_batch_size",
             ["7", "2"],
         ),
+        (
+            [
+                "training_parameters.bad_step_policy=rewind",
+                "save_args.save_optimizer=false",
+            ],
+            "save_args.save_optimizer",
+            ["is false", "rewind"],
+        ),
     ],
 )
 def test_a_contradiction_is_one_error_at_the_setting_to_change(settings, path, words):

@@ -292,6 +292,13 @@ def _intervals(run: RunConfig) -> Iterator[Finding]:
         yield Finding(("save_args", "save_interval"), message, remedy, is_warning=True)
 
 
+def _rewind(run: RunConfig) -> Iterator[Finding]:
+    if run.training_parameters.bad_step_policy == "rewind" and not run.save_args.save_optimizer:
+        message = "is false, but `training_parameters.bad_step_policy` is `rewind`"
+        remedy = "save the optimizer's state too, or a run that went back starts it afresh"
+        yield Finding(("save_args", "save_optimizer"), message, remedy)
+
+
 def _sequence_length(dataset: DatasetArgs) -> int | None:
     if isinstance(dataset, MegatronDatasetArgs | DebugDatasetArgs):
         return dataset.class_args.sequence_length
@@ -314,5 +321,6 @@ CHECKS: Sequence[Check] = (
     Check(("training_parameters",), _batch),
     Check(("training_parameters", "lr_scheduler_args"), _schedule),
     Check(("training_parameters", "save_args"), _intervals),
+    Check(("training_parameters", "save_args"), _rewind),
 )
 """Every rule, in the order in which findings are shown."""

@@ -62,6 +62,7 @@ def test_a_warning_points_at_the_caller():
     ("arguments", "message"),
     [
         ({"num_training_steps": 0, "micro_batch_size": 1}, "num_training_steps.*at least 1, got 0"),
+        ({"num_training_steps": 1, "micro_batch_size": 1, "max_rewinds": 0}, "max_rewinds.*got 0"),
         ({"num_training_steps": 1}, "give `micro_batch_size`"),
         ({"num_training_steps": 1, "global_batch_size": 8}, "does not determine the batch"),
         (
