@@ -28,7 +28,10 @@ def test_the_table_has_a_row_an_op():
     assert len(rows) == 2 + len(ALL_OPS)
     assert rows[0] == "| op | torch | triton | cuda | pallas | nki | others |"
     assert any(row.startswith("| `rmsnorm` | yes | yes |") for row in rows)
-    assert any(row.startswith("| `attention` | yes |") and "sdpa, flash_varlen, flex" in row for row in rows)
+    assert any(
+        row.startswith("| `attention` | yes |") and "sdpa, flash_varlen, flex" in row
+        for row in rows
+    )
 
 
 def test_calls_are_counted_by_implementation_in_this_thread_only():

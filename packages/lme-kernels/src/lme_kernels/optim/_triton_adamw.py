@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.device import TRITON_DTYPES
 from lme_kernels.optim._triton_tables import TL_DTYPES, address, chunk_of_program, write_numbers
 from lme_kernels.optim.batch import AdamWBatch, AdamWSettings
@@ -28,6 +29,7 @@ def why_not(parameter: Tensor, grad: Tensor, exp_avg: Tensor) -> str | None:
     return None
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tensors"])
 def _count_kernel(table_ptr, found_inf_ptr, tensors, HAS_FOUND: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -110,6 +112,7 @@ def _update(
         _store(exp_avg_sq_ptr, offset, count, exp_avg_sq, MASKED)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tensors", "seed"])
 def _adamw_kernel(
     table_ptr,

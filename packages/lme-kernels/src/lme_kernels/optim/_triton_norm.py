@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.device import why_not_triton
 from lme_kernels.optim._triton_tables import TL_DTYPES, address, chunk_of_program, write_numbers
 from lme_kernels.optim.tables import CHUNK, Table, make_table
@@ -19,6 +20,7 @@ def why_not(*tensors: Tensor) -> str | None:
     return why_not_triton(*tensors)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tensors", "at"])
 def _squares_kernel(
     table_ptr,
@@ -45,6 +47,7 @@ def _squares_kernel(
     tl.store(partial_ptr + at + tl.program_id(0), tl.sum(total, axis=0))
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["count"])
 def _root_kernel(partial_ptr, norm_ptr, count, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), dtype=tl.float64)
@@ -54,6 +57,7 @@ def _root_kernel(partial_ptr, norm_ptr, count, BLOCK: tl.constexpr):
     tl.store(norm_ptr, tl.sqrt(tl.sum(total, axis=0)).to(tl.float32))
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["tensors"])
 def _scale_kernel(
     table_ptr,

@@ -1,7 +1,8 @@
 """Gradients of the inputs of the gated delta rule in Triton, all chunks at once.
 
-What a token's decay stands between is summed as such, pair by pair: the difference of what later
-and earlier tokens take part in would cancel. What tokens wrote comes as two numbers of the inputs'
+In float32, what a token's decay stands between is summed as such, pair by pair: in the difference of
+what later and earlier tokens take part in, all pairs on one side of it cancel, which leaves less than
+float32's digits. What tokens wrote comes as two numbers of the inputs'
 dtype, since its rounding would be the largest error of these gradients.
 """
 
@@ -9,9 +10,33 @@ import triton
 import triton.language as tl
 
 from lme_kernels._triton_chunks import load_rows, load_state, slot_of, store_rows
-from lme_kernels.ops.gated_delta_rule._triton_system import decays_between, vectors_of
+from lme_kernels._triton_launch import thin_launch
+from lme_kernels.ops.gated_delta_rule._triton_system import (
+    decays_between,
+    power_of_two,
+    vectors_of,
+)
 
 
+@triton.jit
+def _of_pairs(pairs, PRECISION: tl.constexpr, C: tl.constexpr):
+    """What each decay gains from pairs of a token (down) and an earlier one (across).
+
+    Two vectors: one to be summed over the tokens at and after each, and one as it is.
+    """
+    gain = tl.zeros((C,), dtype=tl.float32)
+    if PRECISION == "ieee":
+        row = tl.arange(0, C)
+        before = (row[:, None] < row[None, :]).to(tl.float32)
+        sums = tl.dot(pairs, before, input_precision="ieee")
+        whole = tl.sum(tl.where(row[:, None] >= row[None, :], sums, 0.0), axis=0)
+    else:
+        whole = gain
+        gain = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
+    return gain, whole
+
+
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def inputs_kernel(
     query_ptr,
@@ -61,7 +86,7 @@ def inputs_kernel(
     index = slot * N + head
     low_index = index + count.to(tl.int64) * N
     until, key_norm, query_norm, strength, last = vectors_of(vectors_ptr, index, C)
-    decay = tl.exp2(until)
+    decay = power_of_two(until, PRECISION)
     # Gradients here are of queries and keys as factors of the normalised ones. No product is added
     # to in the same iteration as another: the compiler would give all warps the same rows.
     # And no tile is read by a product and by anything else in one loop: the compiler keeps one buffer
@@ -89,17 +114,16 @@ def inputs_kernel(
     key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
     query = load_rows(query_ptr, start, length, query_stride, 0, C, K, BLOCK_K)
     scores += low_scores
-    scores *= decays_between(until, False, C) * query_norm[:, None] * key_norm[None, :]
+    scores *= decays_between(until, False, C, PRECISION) * query_norm[:, None] * key_norm[None, :]
     pairs = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scores * scale)
-    # What a decay gains from tokens at and after it, to be summed over those.
-    gain = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
+    crossing = pairs
     rounded_scores = scores.to(dtype)
     system += low_system
-    system *= decays_between(until, True, C) * -key_norm[:, None] * key_norm[None, :]
+    system *= decays_between(until, True, C, PRECISION) * -key_norm[:, None] * key_norm[None, :]
     pairs = tl.dot(key, tl.trans(key), input_precision=PRECISION) * system
     of_beta += tl.sum(pairs, axis=1)
-    pairs *= strength[:, None]
-    gain += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
+    crossing += pairs * strength[:, None]
+    gain, of_pairs = _of_pairs(crossing, PRECISION, C)
     system *= strength[:, None]
     rounded_system = (system + tl.trans(system)).to(dtype)
 
@@ -127,7 +151,7 @@ def inputs_kernel(
         state = load_state(states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
         grad_state = load_state(grad_states_ptr, index, 0, first, K, V, BLOCK_K, BLOCK_V)
         kept += state.to(tl.float32) * grad_state.to(tl.float32)
-    of_last = tl.exp2(last) * tl.sum(tl.sum(kept, axis=1), axis=0)
+    of_last = power_of_two(last, PRECISION) * tl.sum(tl.sum(kept, axis=1), axis=0)
     erasing *= -(decay * key_norm)[:, None]
     # Loaded again, which leaves registers free in between.
     key = load_rows(key_ptr, start, length, key_stride, 0, C, K, BLOCK_K)
@@ -146,7 +170,7 @@ def inputs_kernel(
             low = load_rows(written_ptr, low_index * C, C, V, first, C, V, BLOCK_V)
             low_key = tl.dot(low, tl.trans(grad_state), low_key)
     of_key += low_key
-    of_key *= (tl.exp2(last - until) * key_norm)[:, None]
+    of_key *= (power_of_two(last - until, PRECISION) * key_norm)[:, None]
     # What a decay gains from tokens before it.
     left = tl.sum(key.to(tl.float32) * of_key, axis=1)
     of_key += erasing
@@ -158,8 +182,9 @@ def inputs_kernel(
         of_key -= wide * (key_norm * key_norm * tl.sum(wide * of_key, axis=1))[:, None]
     store_rows(grad_key_ptr + head * K, of_key, start, length, N * K, 0, C, K, BLOCK_K)
 
-    of_decay = tl.cumsum(gain, 0, reverse=True) + tl.cumsum(left, 0) - left + of_last
     row = tl.arange(0, C)
+    of_decay = tl.cumsum(gain, 0, reverse=True) + tl.cumsum(left, 0) - left + of_last
+    of_decay += of_pairs
     own = (start + row) * N + head
     tl.store(grad_decay_ptr + own, of_decay, mask=row < length)
     tl.store(grad_beta_ptr + own, of_beta, mask=row < length)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from lme_kernels._triton_chunks import load_rows, slot_of
+from lme_kernels._triton_launch import thin_launch
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NORM_EPS: tl.constexpr = tl.constexpr(1e-6)
@@ -31,12 +32,37 @@ def vectors_of(vectors_ptr, index, C: tl.constexpr):
 
 
 @triton.jit
-def decays_between(until, STRICT: tl.constexpr, C: tl.constexpr):
+def power_of_two(x, PRECISION: tl.constexpr):
+    """2 to the power of `x`; as exact as products are in float32, where a GPU's own is not."""
+    if PRECISION == "ieee":
+        # The device's instruction errs by up to 2^-22, four times what rounding does.
+        x = tl.where(x < -130.0, -130.0, tl.where(x > 129.0, 129.0, x))
+        whole = tl.floor(x + 0.5)
+        part = x - whole
+        # Taylor's series of exp(part log 2) for at most half a power, whose next term is 5e-9.
+        y = part * 1.5252733804059841e-05 + 1.5403530393381608e-04
+        y = part * y + 1.3333558146428443e-03
+        y = part * y + 9.6181291076284772e-03
+        y = part * y + 5.5504108664821580e-02
+        y = part * y + 2.4022650695910072e-01
+        y = part * y + 6.9314718055994531e-01
+        y = part * y + 1.0
+        # The exponent's bits: 0 below what float32 has in full digits, infinity above.
+        exponent = tl.minimum(tl.maximum(whole, -127.0), 128.0).to(tl.int32) + 127
+        result = y * (exponent << 23).to(tl.float32, bitcast=True)
+    else:
+        result = tl.exp2(x)
+    return result
+
+
+@triton.jit
+def decays_between(until, STRICT: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """What is left at each token (down) of what an earlier one (across) wrote, else 0."""
     row = tl.arange(0, C)
     seen = row[:, None] > row[None, :] if STRICT else row[:, None] >= row[None, :]
     # Where it would be positive, and might overflow, nothing is seen.
-    return tl.where(seen, tl.exp2(tl.where(seen, until[:, None] - until[None, :], 0.0)), 0.0)
+    between = tl.where(seen, until[:, None] - until[None, :], 0.0)
+    return tl.where(seen, power_of_two(between, PRECISION), 0.0)
 
 
 @triton.jit
@@ -108,6 +134,7 @@ def unit_inverse(system, C: tl.constexpr, PRECISION: tl.constexpr):
     return tl.reshape(_merge(whole, inverse, 1, half, PRECISION), (C, C))
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def prepare_kernel(
     query_ptr,
@@ -174,7 +201,7 @@ def prepare_kernel(
     tl.store(vectors_ptr + C + row, key_norm)
     tl.store(vectors_ptr + 2 * C + row, query_norm)
     tl.store(vectors_ptr + 3 * C + row, strength)
-    between = decays_between(until, False, C) * key_norm[None, :]
+    between = decays_between(until, False, C, PRECISION) * key_norm[None, :]
     tile = index * (C * C) + row[:, None] * C + row[None, :]
     tl.store(scores_ptr + tile, scores * between * (query_norm * scale)[:, None])
     system = gram * between * (strength * key_norm)[:, None]

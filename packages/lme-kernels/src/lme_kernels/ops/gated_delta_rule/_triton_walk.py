@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from lme_kernels._triton_chunks import load_rows, load_state, sequence_of, store_rows, store_state
-from lme_kernels.ops.gated_delta_rule._triton_system import vectors_of
+from lme_kernels._triton_launch import thin_launch
+from lme_kernels.ops.gated_delta_rule._triton_system import power_of_two, vectors_of
 
 
 @triton.jit
@@ -39,6 +40,7 @@ def _square(ptr, index, C: tl.constexpr):
     return tl.load(ptr + index * (C * C) + row[:, None] * C + row[None, :])
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def forward_kernel(
     query_ptr,
@@ -98,7 +100,7 @@ def forward_kernel(
         inverse = _square(inverse_ptr, index, C)
         rounded = state.to(dtype)
         known = tl.dot(key, rounded, input_precision=PRECISION)
-        decay = tl.exp2(until)
+        decay = power_of_two(until, PRECISION)
         error = value.to(tl.float32) - known * (decay * key_norm)[:, None]
         empty = tl.zeros((C, BLOCK_V), dtype=tl.float32)
         written = _split_product(inverse, error * strength[:, None], empty, PRECISION)
@@ -117,14 +119,18 @@ def forward_kernel(
             y *= (decay * query_norm * scale)[:, None]
             y = tl.dot(scores, written.to(dtype), y, input_precision=PRECISION)
             store_rows(y_ptr + head * V, y, token, left, N * V, column, C, V, BLOCK_V)
-        written *= (tl.exp2(last - until) * key_norm)[:, None]
+        written *= (power_of_two(last - until, PRECISION) * key_norm)[:, None]
         state = tl.dot(
-            tl.trans(key), written.to(dtype), state * tl.exp2(last), input_precision=PRECISION
+            tl.trans(key),
+            written.to(dtype),
+            state * power_of_two(last, PRECISION),
+            input_precision=PRECISION,
         )
     if OUTPUT:
         store_state(final_ptr, state, own, 0, column, K, V, BLOCK_K, BLOCK_V)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S"])
 def backward_kernel(
     query_ptr,
@@ -183,17 +189,19 @@ def backward_kernel(
         rounded = grad.to(dtype)
         store_state(grad_states_ptr, rounded, index, 0, column, K, V, BLOCK_K, BLOCK_V)
         written = tl.dot(key, rounded, input_precision=PRECISION)
-        written *= (tl.exp2(last - until) * key_norm)[:, None]
+        written *= (power_of_two(last - until, PRECISION) * key_norm)[:, None]
         written = tl.dot(tl.trans(scores), grad_y, written, input_precision=PRECISION)
         empty = tl.zeros((C, BLOCK_V), dtype=tl.float32)
         scaled = _split_product(tl.trans(inverse), written, empty, PRECISION)
         store_rows(grad_scaled_ptr, scaled, index * C, C, V, column, C, V, BLOCK_V)
         scaled *= strength[:, None]
         store_rows(grad_value_ptr + head * V, scaled, token, left, N * V, column, C, V, BLOCK_V)
-        decay = tl.exp2(until)
+        decay = power_of_two(until, PRECISION)
         read = grad_y.to(tl.float32) * (decay * query_norm * scale)[:, None]
         known = scaled * -(decay * key_norm)[:, None]
-        grad = _split_product(tl.trans(query), read, grad * tl.exp2(last), PRECISION)
+        grad = _split_product(
+            tl.trans(query), read, grad * power_of_two(last, PRECISION), PRECISION
+        )
         grad = tl.dot(tl.trans(key), known.to(dtype), grad, input_precision=PRECISION)
     if HAS_INITIAL:
         store_state(grad_initial_ptr, grad, own, 0, column, K, V, BLOCK_K, BLOCK_V)

@@ -20,11 +20,13 @@ from lme_kernels._triton_chunks import (
     slot_of,
     store_rows,
 )
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.linear_attention._triton_states import load_channels
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
 from lme_kernels.tuning import ceil_div
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _scores_kernel(
     query_ptr,
@@ -193,6 +195,7 @@ def _of_part(
     return grad_query, grad_key
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _channel_gradients_kernel(
     query_ptr,

@@ -14,6 +14,7 @@ from lme_kernels._triton_chunks import (
     slot_of,
     store_rows,
 )
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.linear_attention._triton_outputs import weigh_scores
 from lme_kernels.ops.linear_attention._triton_states import head_decay, kind_of_sums, load_channels
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
@@ -117,6 +118,7 @@ def _of_pairs(
     return grad_query, grad_key, grad_decay
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _gradients_kernel(
     query_ptr,

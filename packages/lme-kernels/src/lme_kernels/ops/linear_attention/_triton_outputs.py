@@ -16,6 +16,7 @@ from lme_kernels._triton_chunks import (
     store_rows,
     store_state,
 )
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.linear_attention._triton_states import head_decay, kind_of_sums, load_channels
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
 from lme_kernels.tuning import ceil_div
@@ -61,6 +62,7 @@ def _finish(y, value, skip_ptr, head, scale, HAS_SKIP: tl.constexpr):
     return y
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _outputs_kernel(
     query_ptr,
@@ -137,6 +139,7 @@ def _outputs_kernel(
     store_rows(y_ptr + head * V, y, start, length, N * V, first, C, V, BLOCK_V)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _walk_kernel(
     query_ptr,
@@ -214,8 +217,10 @@ def _walk_kernel(
         scores = weigh_scores(
             scores, until, reached, weight, C, DECAY, HAS_FACTOR, INCLUSIVE, False
         ).to(value.dtype)
-        y += tl.dot(scores, value, input_precision=PRECISION)
+        # The product that `y` waits for comes last: values that a skip reads too have one buffer,
+        # into which the next ones would be loaded while the tensor cores still read these.
         state += tl.dot(kept, value, input_precision=PRECISION)
+        y += tl.dot(scores, value, input_precision=PRECISION)
         y = _finish(y, value, skip_ptr, head, scale, HAS_SKIP)
         store_rows(y_ptr, y, token, left, N * V, first, C, V, BLOCK_V)
     store_state(final_ptr, state, program, 0, first, K, V, BLOCK_K, BLOCK_V)

@@ -22,6 +22,7 @@ from lme_kernels._triton_chunks import (
     store_rows,
     store_state,
 )
+from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
 from lme_kernels.tuning import ceil_div, next_power_of_two
 
@@ -45,6 +46,7 @@ def _sums(step, length, C: tl.constexpr):
     return tl.where(row < length, until, last)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _decay_kernel(
     log_decay_ptr,
@@ -79,6 +81,7 @@ def _decay_kernel(
         tl.store(weight_ptr + offset, weight.to(tl.float32), mask=here)
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _channel_decay_kernel(
     log_decay_ptr,
@@ -244,6 +247,7 @@ def _kept(
     return left, last
 
 
+@thin_launch
 @triton.jit(do_not_specialize=["S", "count"])
 def _states_kernel(
     key_ptr,
