@@ -81,18 +81,6 @@ def test_ranks_that_split_one_batch_read_the_same_rows(layout):
     )
 
 
-@given(layouts())
-def test_every_stage_is_on_one_pipeline_rank(layout):
-    args, world = layout
-    held = {}
-    for rank in range(world):
-        each = Topology.from_args(args, world, rank)
-        held[each.coordinates["pipeline"]] = each.stages
-    assert sorted(stage for stages in held.values() for stage in stages) == list(
-        range(args.num_pipeline_stages)
-    )
-
-
 def test_ranks_are_numbered_as_run_files_expect():
     args = DistributedArgs(
         tensor_parallel_world_size=2,

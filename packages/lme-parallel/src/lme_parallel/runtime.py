@@ -133,10 +133,12 @@ class DistributedRuntime:
             Sums of the step over all processes, still on the device.
 
         Raises:
-            ValueError: If there is no batch.
+            ValueError: If there is no batch, or a pipeline cannot run so many.
         """
         if not batches:
             raise ValueError("a step needs at least one micro batch, got none")
+        if self._pipeline is not None:
+            self._pipeline.runner.check(len(batches))
         batches = [self._to_device(batch) for batch in batches]
         counts = self._global_counts([objective.counts(batch) for batch in batches])
         drop_gradients(self._parameters)
@@ -231,7 +233,7 @@ class DistributedRuntime:
         counts: Mapping[str, Tensor],
         sums: "_RunningSums",
     ) -> None:
-        from lme_parallel.pipeline.runner import StepCalls  # noqa: PLC0415 (for the axis in use)
+        from lme_parallel.pipeline.run import StepCalls  # noqa: PLC0415 (for the axis in use)
 
         def loss(micro: Any) -> Tensor:  # the objective's LossSum
             return self._scaled(_mean_loss(micro, counts))

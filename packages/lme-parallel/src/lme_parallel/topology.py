@@ -125,12 +125,6 @@ class Topology:
             "tensor": self.rank % self.tensor,
         }
 
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """Pipeline stages of this process: r, r + P, r + 2P, ..."""
-        first = self.coordinates["pipeline"]
-        return tuple(range(first, self.num_stages, self.pipeline))
-
     def describe(self) -> dict[str, int]:
         """Return the sizes of the layout, the same on every rank, for a checkpoint's state."""
         return {

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
@@ -116,8 +115,3 @@ class StageView:
         if self._forward.outputs_type is None:
             raise RuntimeError("the model was called and left no outputs")
         return self._forward.outputs_type(**values)
-
-
-def zero_like_loss(x: Tensor) -> Tensor:
-    """Return the loss of a stage that has none, 0-d, at least fp32."""
-    return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -14,6 +14,7 @@ from lme_parallel.pipeline.exchange import Exchange
 from lme_parallel.pipeline.orders import Schedule, read_schedule
 from lme_parallel.pipeline.part import PartForward, Sliceable, Stage
 from lme_parallel.pipeline.placement import StageParameters, Tie
+from lme_parallel.pipeline.run import Part
 from lme_parallel.pipeline.runner import Runner
 from lme_parallel.pipeline.sums import StageSums
 from lme_parallel.placement import Placement
@@ -144,17 +145,17 @@ def make_pipeline(
         peer = last if plan.rank == first else first
         tie = Tie(plan.shared, group, peer, is_owner=plan.rank == first)
     placed = StageParameters(placement, tie)
-    runner = Runner(
-        plan.schedule,
-        plan.rank,
-        plan.stages,
-        model,
-        forward,
-        placed,
-        Exchange(group, device),
+    part = Part(
+        schedule=plan.schedule,
+        rank=plan.rank,
+        stages=plan.stages,
+        model=model,
+        forward=forward,
+        placement=placed,
+        exchange=Exchange(group, device),
         splits=plan.splits,
     )
-    return Pipeline(runner, StageSums(group, device), placed)
+    return Pipeline(Runner(part), StageSums(group, device), placed)
 
 
 def serve_parts(model: nn.Module) -> PartForward:
