@@ -26,6 +26,11 @@ PIPELINE = {
     "num_pipeline_stages": 2,
     "pipeline_parallel_schedule": "1F1B",
 }
+ZERO_BUBBLE = {
+    "pipeline_parallel_world_size": 2,
+    "num_pipeline_stages": 4,
+    "pipeline_parallel_schedule": "ZBVZeroBubble",
+}
 SELECTIVE = {
     "gradient_checkpointing_method": "selective",
     "gradient_checkpointing_args": {"save_ops": ("linear", "communication")},
@@ -55,13 +60,13 @@ LAYOUTS = {
         "DDP, tensor 2": ({**TWO, **TENSOR, **DDP}, FEW),
         "stage 3, context 2": ({**TWO, **CONTEXT, "stage": 3}, FEW),
         "DDP, context 2": ({**FOUR, **CONTEXT, **DDP}, FEW),
-        "DDP, pipeline 2": ({**TWO, **PIPELINE, **DDP}, FEW),
+        "DDP, pipeline 2": ({**TWO, **ZERO_BUBBLE, **DDP}, {**FEW, "layers": 4}),
         "stage 3, pipeline 2": ({**TWO, **PIPELINE, "stage": 3}, {**FEW, "layers": 3}),
         "stage 3, tensor 2": ({**TWO, **TENSOR, "sequence_parallel": True, "stage": 3}, FEW),
     },
 }
 NAMES = [(size, name) for size, layouts in LAYOUTS.items() for name in layouts]
-STEPS, MICRO_BATCHES = 3, 8
+STEPS, MICRO_BATCHES = 2, 8
 # Norm of the difference over the norm: sums over processes are taken in another order.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
 
