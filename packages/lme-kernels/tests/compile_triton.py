@@ -64,9 +64,8 @@ class Launch:
     def traits(self):
         """Each flag or name with its value, and each argument with its dtype."""
         found = {(k, v) for k, v in self.settings.items() if isinstance(v, bool | str)}
-        for place, each in enumerate(self.args):
-            found.add((place, each.dtype if isinstance(each, torch.Tensor) else each is None))
-        return found
+        tensors = ((k, v) for k, v in enumerate(self.args) if isinstance(v, torch.Tensor))
+        return found | {(place, each.dtype) for place, each in tensors}
 
     def compile(self):
         return self.kernel.run(*self.args, grid=self.grid, warmup=True, **self.settings)

@@ -1,17 +1,19 @@
 """The benchmark program runs on a CPU: every case, its numbers, its limits and its failures."""
 
 import json
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from lme_kernels.bench import peers
+from lme_kernels.bench import families, peers
 from lme_kernels.bench.calls import Call, Case, Cost, Draw
 from lme_kernels.bench.ceilings import Ceilings
 from lme_kernels.bench.command import main
 from lme_kernels.bench.first_call import measure_in_processes
-from lme_kernels.bench.measure import Row, measure, relative_error, results_of
+from lme_kernels.bench.measure import Row, _attempt_graph, measure, relative_error, results_of
 from lme_kernels.bench.presets import PRESETS
 from lme_kernels.bench.report import line, shares
 from lme_kernels.bench.stock import STOCK
@@ -119,6 +121,85 @@ def test_what_the_budget_leaves_out_is_said(capsys):
 def test_an_op_that_is_not_there_is_refused():
     with pytest.raises(SystemExit, match="`--ops` has rmsnom"):
         main(["--device", "cpu", "--ops", "rmsnom"])
+
+
+class Device:
+    """Stands for a GPU: knows whether waiting is forbidden, and what was captured."""
+
+    def __init__(self, monkeypatch):
+        self.mode, self.modes, self.captured = 0, [], 0
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_mode)
+        monkeypatch.setattr(Stopwatch, "_captured", self.capture)
+
+    def set_mode(self, mode):
+        self.mode = mode
+        self.modes.append(mode)
+
+    def capture(self, run):
+        self.captured += 1
+        return run
+
+    def wait(self):
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+
+def test_a_call_that_waits_for_the_device_is_not_captured(monkeypatch):
+    device, watch = Device(monkeypatch), Stopwatch(CPU, 0.0)
+    row = Row("rmsnorm", "-", "liger_kernel", "bfloat16")
+    _attempt_graph(row, "both", device.wait, watch)
+    assert row.faults == {"graph both": "not captured: it waits for the device"}
+    assert (device.captured, device.mode) == (0, 0)
+    _attempt_graph(row, "forward", lambda: None, watch)
+    assert device.captured == 1
+    assert "graph forward" in row.times
+    assert device.modes == ["error", 0, "error", 0]
+
+
+def test_after_a_capture_that_failed_there_is_no_other(monkeypatch):
+    device, watch = Device(monkeypatch), Stopwatch(CPU, 0.0)
+
+    def fails(run):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_captured", fails)
+        row = Row("rmsnorm", "-", "triton", "bfloat16")
+        _attempt_graph(row, "forward", lambda: None, watch)
+    assert row.faults == {"graph forward": "ValueError: no"}
+    _attempt_graph(row, "both", lambda: None, watch)
+    assert "a capture failed before (ValueError)" in row.faults["graph both"]
+    assert device.captured == 0
+
+
+def test_an_op_that_crashes_or_hangs_loses_no_other(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "all.json"
+
+    def run(command, *, check, timeout):
+        op = command[command.index("--ops") + 1]
+        path = Path(command[command.index("--json") + 1])
+        assert timeout == pytest.approx(12.0 + families.GRACE)
+        # What hangs has written the rows before.
+        path.write_text(json.dumps({"facts": {}, "rows": [{"op": op}]}))
+        if op == "softmax":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, -11 if op == "rmsnorm" else 0)
+
+    monkeypatch.setattr(families.subprocess, "run", run)
+    options = ["--device", "cpu", "--preset", "small", "--op-seconds", "12", "--json", str(rows)]
+    assert main([*options, "--ops", "softmax", "rmsnorm", "swiglu"]) == 0
+    content = json.loads(rows.read_text())
+    assert {row["op"] for row in content["rows"]} == {"softmax", "rmsnorm", "swiglu"}
+    assert sorted(content["lost"]) == ["rmsnorm: ended with code -11", "softmax: killed after 42 s"]
+    assert "rmsnorm: ended with code -11" in capsys.readouterr().out
+
+
+def test_no_op_is_begun_when_the_time_is_over(tmp_path):
+    lost = families.measure_families(
+        ["softmax"], [], seconds=5.0, left=lambda: 0.0, path=tmp_path / "rows.json"
+    )
+    assert lost == ["left out, no time: softmax"]
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_every_kernel_of_every_op_compiles_and_fits_a_gpu(tmp_path):
     assert set(launched) == {op.name for op in ALL_OPS.values() if "triton" in op.implementations}
     assert all(len(kernels) >= 1 for kernels in launched.values())
     compiled = {line[1] for line in lines if line[0] == "kernel"}
-    assert compiled == {each for kernels in launched.values() for each in kernels}
+    assert compiled >= {each for kernels in launched.values() for each in kernels}
     for _, name, size, shared, spilled, races in (line for line in lines if line[0] == "kernel"):
         assert int(shared) <= SHARED_BYTES, (name, size)
         # A few words are spilled and read back outside of loops at most; heads of 256 are slow.

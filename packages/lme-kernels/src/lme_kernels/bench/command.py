@@ -14,6 +14,7 @@ import torch
 
 from lme_kernels.bench.calls import Case, Draw
 from lme_kernels.bench.ceilings import measure_ceilings
+from lme_kernels.bench.families import measure_families
 from lme_kernels.bench.first_call import measure_here, measure_in_processes
 from lme_kernels.bench.measure import Results, Row, measure, results_of
 from lme_kernels.bench.presets import PRESETS
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"`--ops` has {', '.join(sorted(unknown))}; `{preset}` has {known}")
     if options.first_call:
         _first_calls(options, preset, chosen, device)
+    elif options.op_seconds is not None:
+        _measure_apart(options, preset, [case.op for _, case in chosen])
     else:
         _measure_all(options, preset, [case for _, case in chosen], device, dtype)
     return 0
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 elsewhere")
     add("--json", type=Path, help="file to write all numbers to, after every row")
     add("--budget-seconds", type=float, help="start no row after this long")
+    add("--op-seconds", type=float, help="measure each op in a process of its own, for this long")
     add("--row-seconds", type=float, default=90.0, help="the most one row may take")
     add("--seconds", type=float, default=0.1, help="about how long one time is repeated")
     add("--no-graph", action="store_true", help="no times of CUDA graphs")
@@ -174,6 +178,32 @@ def _prepare(
     except (Exception, OutOfTimeError) as error:
         print(f"    {case.op} {case.name}: not compared: {type(error).__name__}: {error}"[:300])
     return expected, automatic
+
+
+def _measure_apart(options: argparse.Namespace, preset: str, ops: list[str]) -> None:
+    arguments = ["--preset", preset, "--device", options.device]
+    arguments += ["--seconds", str(options.seconds), "--row-seconds", str(options.row_seconds)]
+    if options.dtype:
+        arguments += ["--dtype", options.dtype]
+    if options.variants:
+        arguments += ["--variants", *options.variants]
+    arguments += ["--no-graph"] * options.no_graph + ["--no-check"] * options.no_check
+    start = time.monotonic()
+
+    def left() -> float | None:
+        if options.budget_seconds is None:
+            return None
+        return options.budget_seconds - (time.monotonic() - start)
+
+    lost = measure_families(
+        list(dict.fromkeys(ops)),
+        arguments,
+        seconds=options.op_seconds,
+        left=left,
+        path=options.json,
+    )
+    for each in lost:
+        print(each, flush=True)
 
 
 def _first_calls(

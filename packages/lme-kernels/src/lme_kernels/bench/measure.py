@@ -197,6 +197,10 @@ def _attempt_backward(
 
 def _attempt_graph(row: Row, name: str, run: Callable[[], object], watch: Stopwatch) -> None:
     try:
+        reason = watch.why_not_graph(run)
+        if reason is not None:
+            row.faults[f"graph {name}"] = reason
+            return
         replay = watch.graph(run)
     except OutOfTimeError:
         raise

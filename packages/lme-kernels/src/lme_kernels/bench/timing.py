@@ -71,6 +71,7 @@ class Stopwatch:
         self.device = device
         self._seconds = seconds
         self._most = most
+        self._broken: str | None = None
         self._flush = None
         if device.type == "cuda":
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -120,6 +121,29 @@ class Stopwatch:
         self.wait()
         return torch.cuda.max_memory_allocated(self.device) - before
 
+    def why_not_graph(self, run: Callable[[], object]) -> str | None:
+        """Say why a call is not captured: a capture that fails disturbs all later ones.
+
+        Args:
+            run: The call; it runs once.
+
+        Returns:
+            The reason in words, or `None`.
+        """
+        if self._broken is not None:
+            return f"not captured: in this process a capture failed before ({self._broken})"
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            return "not captured: it waits for the device"
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        return None
+
     def graph(self, run: Callable[[], object]) -> Callable[[], None]:
         """Capture a call, which has run before.
 
@@ -129,6 +153,13 @@ class Stopwatch:
         Returns:
             What replays it.
         """
+        try:
+            return self._captured(run)
+        except Exception as error:
+            self._broken = type(error).__name__
+            raise
+
+    def _captured(self, run: Callable[[], object]) -> Callable[[], None]:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
