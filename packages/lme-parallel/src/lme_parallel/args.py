@@ -70,7 +70,7 @@ class GradientCheckpointingArgs:
     save_ops: tuple[SavedOp, ...] | None = None
     """Ops whose results `gradient_checkpointing_method: selective` keeps. `attention`: fused
     attention; `linear`: products with weights, experts' too; `matmul`: these and products of
-    activations; `communication`: what came from other tensor-parallel processes. null:
+    activations; `communication`: what came from other tensor- or context-parallel processes. null:
     `[attention, linear]`."""
 
     def __post_init__(self) -> None:
