@@ -17,12 +17,12 @@ def examples(normal: Callable[..., Tensor]) -> list[Example]:
         up, down = normal(E, U, H) / H**0.5, normal(E, H, width) / width**0.5
         return normal(T, H), normal(T, k), indices, up, down
 
-    x, weights, indices, up, down = call(21, 2, 4, 24, 40, 20)
-    apart = (normal(21, 48)[:, ::2], weights, indices.int(), up, down)
+    x, weights, indices, up, down = call(9, 2, 4, 24, 40, 20)
+    apart = (normal(9, 48)[:, ::2], weights, indices.int(), up, down)
     biases = {"up_bias": normal(4, 40), "down_bias": normal(4, 24)}
     return [
         Example("gates and an expert without tokens", (x, weights, indices, up, down)),
-        Example("past a tile", call(37, 3, 5, 72, 80, 40)),
+        Example("past a tile", call(7, 3, 5, 72, 80, 40)),
         Example("halves", (x, weights, indices, up, down), {"layout": "concatenated"}),
         Example("biases", (x, weights, indices, up, down), biases),
         Example("not gated", call(9, 2, 3, 16, 16, 16), {"activation": "gelu_pytorch_tanh"}),
