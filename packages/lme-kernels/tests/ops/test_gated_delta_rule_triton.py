@@ -78,6 +78,16 @@ def test_decays_of_any_strength_overflow_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decay_of_nothing_gets_no_gradient_in_float32(backend):
+    # Before the first token there is nothing to decay. Of a difference of sums over all pairs of
+    # later tokens rounding would be left.
+    arguments = [each.to(device_for(backend)) for each in inputs((1, 40), (1,) * 4, 16, 16)]
+    gradients = run(gated_delta_rule, arguments, {"backend": backend}).gradients
+    assert gradients[3][0, 0, 0] == 0.0
+    assert gradients[3][0, 1:].abs().min() > 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_keys_are_solved_by_substitution_not_by_powers(backend):
     # With one key for all tokens, strength 1 and no decay, a token keeps exactly the last value;
     # powers of this system reach 10^18 and would leave no digit.

@@ -156,3 +156,19 @@ def test_a_sequence_walked_in_one_go_matches_float64(backend):
 def test_heads_of_models_match_float64(groups, lengths):
     packed = lengths[0] != lengths[-1]
     check("triton", torch.bfloat16, packed, (32, 64, groups, 128), lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_walks_of_many_chunks_give_the_same_bits_each_time(width):
+    # Enough sequences and heads that each is walked by one program; what a program loads ahead must
+    # not reach the shared memory that tensor cores still read.
+    heads, tokens = 32, (4, 2048)
+    x = torch.randn(*tokens, heads, width, device="cuda", dtype=torch.bfloat16)
+    B, C = (torch.randn(*tokens, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    dt, A = torch.rand(*tokens, heads, device="cuda") * 0.2, -torch.rand(heads, device="cuda")
+    D = torch.randn(heads, device="cuda")
+    first = mamba2_ssm(x, dt, A, B, C, D=D, backend="triton")
+    for _ in range(50):
+        again = mamba2_ssm(x, dt, A, B, C, D=D, backend="triton")
+        assert torch.equal(first, again)
