@@ -106,6 +106,12 @@ def shard_dim(shape: torch.Size, size: int) -> int:
 def adopt_values(model: nn.Module) -> None:
     """Let the units of a model take over shards that were put in place of those on meta."""
     model._apply(lambda tensor: tensor)
+    for unit in _units(model):
+        # Torch 2.9 copies uneven shards once more at the first forward pass, away from who updates
+        # them; later versions see that nothing changed.
+        group = getattr(unit._get_fsdp_state(), "_fsdp_param_group", None)
+        if group is not None and hasattr(group, "_reset_sharded_params"):
+            group._reset_sharded_params = True
 
 
 class ShardedParameters:
