@@ -54,7 +54,9 @@ def test_so_is_one_without_a_gate(kind):
         for _ in range(2)
     )
     asking.average_channels = lambda x: x
-    x, residual = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, residual = torch.randn(
+        2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     for norm in (whole, asking):
         with torch.no_grad():
             for number, each in enumerate(norm.parameters()):
