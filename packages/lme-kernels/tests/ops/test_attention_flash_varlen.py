@@ -266,9 +266,9 @@ def test_tensors_with_strides_match_float64():
 
 
 @pytest.mark.gpu
-def test_it_is_chosen_compiled_deterministic_and_captured():
+def test_it_is_compiled_deterministic_and_captured():
     arguments = [each.cuda().bfloat16() for each in qkv(2, 300, 300, 8, 2, 64)]
-    options = {"window": 50, "deterministic": True}
+    options = {"window": 50, "deterministic": True, "backend": "flash_varlen"}
     with count_calls() as counts:
         first = run(attention, arguments, options)
     assert counts == {"attention@flash_varlen": 1}
@@ -280,9 +280,9 @@ def test_it_is_chosen_compiled_deterministic_and_captured():
             assert torch.equal(mine, other)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
-        expected = attention(*arguments, window=50)
+        expected = attention(*arguments, window=50, backend="flash_varlen")
         with torch.cuda.graph(graph):
-            captured = attention(*arguments, window=50)
+            captured = attention(*arguments, window=50, backend="flash_varlen")
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, expected)

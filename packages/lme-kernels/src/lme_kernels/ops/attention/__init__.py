@@ -22,6 +22,7 @@ ATTENTION = Op(
     },
     manual=frozenset(
         {
+            "flash_varlen",
             "cudnn",
             "flash",
             "efficient",
