@@ -11,7 +11,8 @@ from lme_parallel.args import DistributedArgs
 from lme_parallel.data import syncs_every_step
 from lme_parallel.equality import rank_batches, tiny_runtime
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import InitialValues, TinyModel, TinyObjective, global_batches
+from lme_parallel.tiny import TinyModel
+from lme_parallel.tiny_run import InitialValues, TinyObjective, global_batches
 
 STAGES = {
     "stage 0": {"stage": 0},

@@ -17,7 +17,8 @@ from lme_parallel.equality import (
 from lme_parallel.mesh import Mesh
 from lme_parallel.recompute import apply_recompute
 from lme_parallel.runtime import DistributedRuntime
-from lme_parallel.tiny import InitialValues, TinyMasters, TinyModel, TinyObjective
+from lme_parallel.tiny import TinyModel
+from lme_parallel.tiny_run import InitialValues, TinyMasters, TinyObjective
 from lme_parallel.topology import Topology
 
 PLACEMENTS = {

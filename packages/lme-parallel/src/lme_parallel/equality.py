@@ -16,7 +16,8 @@ from lme_parallel.parallelize import parallelize
 from lme_parallel.runtime import DistributedRuntime
 from lme_parallel.shards import Shard
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import InitialValues, TinyMasters, TinyModel, TinyObjective, global_batches
+from lme_parallel.tiny import TinyModel
+from lme_parallel.tiny_run import InitialValues, TinyMasters, TinyObjective, global_batches
 from lme_parallel.topology import Topology
 
 _NESTED = {

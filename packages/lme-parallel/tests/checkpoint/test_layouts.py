@@ -13,7 +13,7 @@ from lme_parallel.checkpoint.errors import CheckpointError
 from lme_parallel.checkpoint.reader import Checkpoint
 from lme_parallel.equality import assemble, collect, rank_batches, relative, tiny_runtime
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import TinyObjective
+from lme_parallel.tiny_run import TinyObjective
 
 SINGLE = ({}, 1)
 LAYOUTS = {

@@ -11,7 +11,7 @@ from lme_parallel.checkpoint.checkpointer import Checkpointer
 from lme_parallel.checkpoint.reader import Checkpoint
 from lme_parallel.equality import assemble, collect, rank_batches, relative, tiny_runtime
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import TinyObjective
+from lme_parallel.tiny_run import TinyObjective
 
 OPTIONS = {"experts": 6, "dropout": 0.2}
 TWO = {"expert_parallel_world_size": 2}

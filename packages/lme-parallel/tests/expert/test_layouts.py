@@ -5,7 +5,8 @@ import torch
 
 from lme_parallel.equality import compare_layout, differences, make_args, run_steps, tiny_runtime
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import InitialValues, TinyModel
+from lme_parallel.tiny import TinyModel
+from lme_parallel.tiny_run import InitialValues
 from lme_parallel.topology import Topology
 
 TWO = {"expert_parallel_world_size": 2}

@@ -10,7 +10,7 @@ from torch.distributed import FileStore
 
 from lme_parallel.equality import rank_batches, tiny_runtime
 from lme_parallel.testing import run_distributed, run_until_ended
-from lme_parallel.tiny import TinyObjective
+from lme_parallel.tiny_run import TinyObjective
 from lme_parallel.watchdog.watchdog import Watchdog
 
 SETTINGS = {

@@ -18,7 +18,8 @@ from lme_parallel.equality import (
 )
 from lme_parallel.parallelize import parallelize
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import IGNORED, InitialValues, TinyModel, TinyObjective
+from lme_parallel.tiny import IGNORED, TinyModel
+from lme_parallel.tiny_run import InitialValues, TinyObjective
 from lme_parallel.topology import Topology
 
 

@@ -13,7 +13,7 @@ from lme_parallel.equality import (
     tiny_runtime,
 )
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import TinyObjective
+from lme_parallel.tiny_run import TinyObjective
 
 TWO = {"tensor_parallel_world_size": 2}
 TWO_CUT = {**TWO, "sequence_parallel": True}

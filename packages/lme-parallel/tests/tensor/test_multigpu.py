@@ -8,7 +8,8 @@ from torch.optim import AdamW
 from lme_parallel.equality import assemble, collect, make_args, relative
 from lme_parallel.parallelize import parallelize
 from lme_parallel.testing import run_distributed
-from lme_parallel.tiny import InitialValues, TinyModel, TinyObjective, global_batches
+from lme_parallel.tiny import TinyModel
+from lme_parallel.tiny_run import InitialValues, TinyObjective, global_batches
 from lme_parallel.topology import Topology
 
 pytestmark = pytest.mark.multigpu

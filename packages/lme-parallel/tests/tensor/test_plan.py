@@ -12,7 +12,8 @@ from lme_parallel.shards import Box, Shard
 from lme_parallel.tensor.cut import Cut, even_runs
 from lme_parallel.tensor.placement import CutValues
 from lme_parallel.tensor.plan import read_plan, vocabulary_rows
-from lme_parallel.tiny import HIDDEN, INTERMEDIATE, VOCABULARY, InitialValues, TinyModel
+from lme_parallel.tiny import HIDDEN, INTERMEDIATE, VOCABULARY, TinyModel
+from lme_parallel.tiny_run import InitialValues
 from lme_parallel.topology import Topology
 
 
