@@ -219,7 +219,8 @@ def test_names_stay_and_a_tied_weight_is_at_both_ends():
 
 def test_splits_that_cannot_be_are_told(caplog):
     assert tiny_plan(settings("ZBVZeroBubble", 2, 2))[1].splits
-    assert not caplog.messages
+    # Others may have asked for messages below warnings, of which there is one a model.
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
     args = DistributedArgs(
         pipeline_parallel_world_size=2,
         num_pipeline_stages=4,
