@@ -1,3 +1,6 @@
+import os
+import signal
+
 import pytest
 import torch
 from torch import distributed
@@ -21,6 +24,12 @@ def sleep_for_ever():
     torch.multiprocessing.Event().wait()
 
 
+def crash_on_rank_1():
+    if distributed.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    distributed.barrier()
+
+
 def return_quietly():
     return None
 
@@ -38,6 +47,11 @@ def test_ranks_talk_to_each_other_and_return_their_results():
 def test_the_trace_of_a_failed_rank_is_shown():
     with pytest.raises(RuntimeError, match="rank 1 went wrong"):
         run_distributed(fail_on_rank_1, 2)
+
+
+def test_the_stack_of_a_rank_that_crashed_is_shown():
+    with pytest.raises(RuntimeError, match=r"Segmentation fault(.|\n)*in crash_on_rank_1"):
+        run_distributed(crash_on_rank_1, 2)
 
 
 def test_processes_that_hang_are_killed():

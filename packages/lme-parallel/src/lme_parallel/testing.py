@@ -4,6 +4,7 @@ All are forked from one server process that has torch loaded already, so that st
 milliseconds instead of seconds.
 """
 
+import faulthandler
 import importlib.util
 import os
 import signal
@@ -197,6 +198,9 @@ def _enter(
     device_type: str,
 ) -> None:
     code = 0
+    # Open until the process ends: a crash in torch's own code raises nothing.
+    crash = (Path(folder) / f"crash-{rank}").open("w", encoding="utf-8")
+    faulthandler.enable(crash)
     try:
         torch.set_num_threads(1)
         if device_type == "cuda":
@@ -264,7 +268,8 @@ def _join(processes: list[BaseProcess], timeout_seconds: float) -> None:
 def _raise_failures(processes: list[BaseProcess], folder: Path) -> None:
     codes = [process.exitcode for process in processes]
     if any(codes):
-        # The first to fail says why; the others only lost it.
+        # The first to fail says why; the others only lost it. One that crashed came before them.
         found = sorted(folder.glob("trace-*"), key=lambda path: path.stat().st_mtime_ns)
-        traces = [path.read_text() for path in found]
+        crashes = [each for each in sorted(folder.glob("crash-*")) if each.stat().st_size]
+        traces = [path.read_text() for path in (*crashes, *found)]
         raise RuntimeError(f"processes ended with codes {codes}\n" + "\n".join(traces[:1]))
