@@ -111,6 +111,49 @@ class WholeParameters:
             self._masters.refresh()
 
 
+class PlacementAround:
+    """A placement around another: what it does not do itself, that one does.
+
+    Args:
+        placement: The one inside.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return what is here."""
+        return self._placement.named_parameters()
+
+    def named_buffers(self) -> Mapping[str, Tensor]:
+        """Return the buffers that are saved."""
+        return self._placement.named_buffers()
+
+    def shards(self) -> Mapping[str, Shard]:
+        """Return which part of each parameter is here."""
+        return self._placement.shards()
+
+    def forward_module(self) -> Any:  # as `Placement` says
+        """Return what is called in place of the model."""
+        return self._placement.forward_module()
+
+    def begin(self, *, is_last: bool) -> None:
+        """Prepare for a micro step."""
+        self._placement.begin(is_last=is_last)
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass."""
+        self._placement.backward(loss)
+
+    def finish(self) -> None:
+        """Leave complete gradients."""
+        self._placement.finish()
+
+    def refresh(self) -> None:
+        """Let the model compute with changed parameters, and drop the gradients."""
+        self._placement.refresh()
+
+
 def drop_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     """Free the gradients of parameters."""
     for parameter in parameters.values():

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lme_parallel.materialize import InitialValue
-from lme_parallel.placement import Placement
+from lme_parallel.placement import Placement, PlacementAround
 from lme_parallel.shards import Box, Region, Shard
 
 
@@ -42,7 +41,7 @@ class ExpertValues:
         return self.initial_value(name, region if cut is None else cut.region(region))
 
 
-class CutExperts:
+class CutExperts(PlacementAround):
     """A placement of a model of whose experts some are here.
 
     Args:
@@ -52,40 +51,12 @@ class CutExperts:
     """
 
     def __init__(self, placement: Placement, cuts: Mapping[str, ExpertCut]) -> None:
-        self._placement = placement
+        super().__init__(placement)
         self._cuts = cuts
-
-    def named_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return what is here."""
-        return self._placement.named_parameters()
-
-    def named_buffers(self) -> Mapping[str, Tensor]:
-        """Return the buffers that are saved; they are whole."""
-        return self._placement.named_buffers()
 
     def shards(self) -> Mapping[str, Shard]:
         """Return which part of each whole parameter is here."""
         return {name: self._whole(name, shard) for name, shard in self._placement.shards().items()}
-
-    def forward_module(self) -> Any:  # as `Placement` says
-        """Return what is called in place of the model."""
-        return self._placement.forward_module()
-
-    def begin(self, *, is_last: bool) -> None:
-        """Prepare for a micro step."""
-        self._placement.begin(is_last=is_last)
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass."""
-        self._placement.backward(loss)
-
-    def finish(self) -> None:
-        """Leave complete gradients."""
-        self._placement.finish()
-
-    def refresh(self) -> None:
-        """Let the model compute with changed parameters, and drop the gradients."""
-        self._placement.refresh()
 
     def _whole(self, name: str, shard: Shard) -> Shard:
         cut = self._cuts.get(name)

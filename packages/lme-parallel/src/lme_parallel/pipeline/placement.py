@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed
 from torch.distributed import ProcessGroup
 
-from lme_parallel.placement import Placement
+from lme_parallel.placement import Placement, PlacementAround
 from lme_parallel.shards import Shard
 
 
@@ -24,7 +23,7 @@ class Tie:
     """Whether this process speaks for them."""
 
 
-class StageParameters:
+class StageParameters(PlacementAround):
     """A placement of the parameters of some stages.
 
     Args:
@@ -33,16 +32,8 @@ class StageParameters:
     """
 
     def __init__(self, placement: Placement, tie: Tie | None) -> None:
-        self._placement = placement
+        super().__init__(placement)
         self._tie = tie
-
-    def named_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return what is here."""
-        return self._placement.named_parameters()
-
-    def named_buffers(self) -> Mapping[str, Tensor]:
-        """Return the saved buffers of the stages that are here."""
-        return self._placement.named_buffers()
 
     def shards(self) -> Mapping[str, Shard]:
         """Return which part of each parameter is here; of what two stages hold, one is the owner."""
@@ -53,18 +44,6 @@ class StageParameters:
             name: replace(each, is_owner=False) if name in self._tie.names else each
             for name, each in shards.items()
         }
-
-    def forward_module(self) -> Any:  # as `Placement` says
-        """Return what is called in place of the model."""
-        return self._placement.forward_module()
-
-    def begin(self, *, is_last: bool) -> None:
-        """Prepare for a backward pass."""
-        self._placement.begin(is_last=is_last)
-
-    def backward(self, loss: Tensor) -> None:
-        """Run a backward pass."""
-        self._placement.backward(loss)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -90,7 +69,3 @@ class StageParameters:
                 work.wait()
             # Both sides add the same two numbers, so that both get the same bits.
             each.grad = own + other
-
-    def refresh(self) -> None:
-        """Let the model compute with changed parameters, and drop the gradients."""
-        self._placement.refresh()

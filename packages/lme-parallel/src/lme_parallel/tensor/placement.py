@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lme_parallel.materialize import InitialValue
-from lme_parallel.placement import Placement
+from lme_parallel.placement import Placement, PlacementAround
 from lme_parallel.shards import Region, Shard
 from lme_parallel.tensor.collectives import Group
 from lme_parallel.tensor.cut import Cut
@@ -41,7 +40,7 @@ class CutValues:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
 
 
-class CutParameters:
+class CutParameters(PlacementAround):
     """A placement of parameters of which each tensor-parallel process has a part.
 
     Args:
@@ -51,35 +50,15 @@ class CutParameters:
     """
 
     def __init__(self, placement: Placement, plan: TensorPlan, group: Group) -> None:
-        self._placement = placement
+        super().__init__(placement)
         self._plan = plan
         self._group = group
-
-    def named_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return what is here."""
-        return self._placement.named_parameters()
-
-    def named_buffers(self) -> Mapping[str, Tensor]:
-        """Return the buffers that are saved; they are whole."""
-        return self._placement.named_buffers()
 
     def shards(self) -> Mapping[str, Shard]:
         """Return which part of each whole parameter is here."""
         return {
             name: self._whole_shard(name, shard) for name, shard in self._placement.shards().items()
         }
-
-    def forward_module(self) -> Any:  # as `Placement` says
-        """Return what is called in place of the model."""
-        return self._placement.forward_module()
-
-    def begin(self, *, is_last: bool) -> None:
-        """Prepare for a micro step."""
-        self._placement.begin(is_last=is_last)
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass."""
-        self._placement.backward(loss)
 
     def finish(self) -> None:
         """Complete the gradients of whole parameters that met a part of the work only."""
@@ -91,10 +70,6 @@ class CutParameters:
         ]
         if shares:
             self._sum(shares)
-
-    def refresh(self) -> None:
-        """Let the model compute with changed parameters, and drop the gradients."""
-        self._placement.refresh()
 
     @torch.no_grad()
     def _sum(self, parameters: list[nn.Parameter]) -> None:
