@@ -1,0 +1,157 @@
+"""Part `hang`: the faults of the watchdog's tests in two processes, over NCCL and over gloo."""
+
+import importlib.util
+import re
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from several_gpus.bench import write_results
+from several_gpus.runs import Budget, OutOfTimeError, free_port
+from torch import distributed
+
+from lme_parallel.testing import run_until_ended
+
+SCRIPTS = (
+    Path(__file__).resolve().parents[2] / "packages/lme-parallel/tests/watchdog/test_faults.py"
+)
+DEFAULT = ["skipped collective", "sleeping forward", "killed"]
+TITLES = ("fault", "rank", "over", "named", "right", "as on CPU", "s", "what the watchdog said")
+_PROCESSES = 2
+# Of two that disagree nobody can say who is wrong: both are named.
+_MUTUAL = frozenset({"skipped collective", "wrong shape", "rank-only call"})
+
+
+def measure_hangs(file: Path, budget: Budget, faults: list[str], devices: list[str]) -> None:
+    """Let each rank commit each fault, and keep what was said.
+
+    Args:
+        file: Of results.
+        budget: Of this script.
+        faults: Names in the tests of the watchdog.
+        devices: `cpu` before `cuda`, which is compared with it.
+    """
+    for fault in faults:
+        for guilty in range(_PROCESSES):
+            for device in devices:
+                print(f"hang: {fault}, rank {guilty}, {device} ...", flush=True)
+                try:
+                    found = _commit(fault, guilty, device, budget.left())
+                except OutOfTimeError as error:
+                    found = {"failed": f"not run: {error}"}
+                _keep(file, f"{fault}, rank {guilty}, {device}", found)
+
+
+def _commit(fault: str, guilty: int, device: str, limit: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        codes = run_until_ended(
+            strike,
+            _PROCESSES,
+            fault,
+            guilty,
+            folder,
+            free_port(),
+            device,
+            timeout_seconds=min(limit, 60.0),
+        )
+        seconds = time.monotonic() - started
+        said = [each.read_text() for each in sorted(Path(folder).glob("said-*"))]
+    result = {"fault": fault, "guilty": guilty, "device": device, "codes": codes}
+    if len(said) != 1:
+        return {**result, "failed": f"{len(said)} sentences, exit codes {codes}"}
+    sentence = re.sub(r" \(stacks of all threads: .*\)$", "", said[0])
+    named = culprits(sentence)
+    expected = list(range(_PROCESSES)) if fault in _MUTUAL else [guilty]
+    return {
+        **result,
+        "sentence": sentence,
+        "named": named,
+        "right": named == expected and None not in codes,
+        "seconds": seconds,
+    }
+
+
+def strike(fault: str, guilty: int, folder: str, port: int, device: str) -> None:
+    """Run the tests' script in one of the processes."""
+    if device == "cuda":
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        distributed.destroy_process_group()
+        torch.cuda.set_device(rank)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=60),
+            device_id=torch.device("cuda", rank),
+        )
+        # Connections take longer to make than the script's watchdog waits.
+        for shape in (8, 1):
+            distributed.all_reduce(torch.ones(shape, device="cuda"))
+        distributed.barrier()
+        torch.cuda.synchronize()
+    _scripts().train(fault, guilty, folder, str(port), device)
+
+
+def culprits(sentence: str) -> list[int]:
+    """Return the ranks that a sentence of the watchdog blames, not those that only wait."""
+    found = []
+    for clause in sentence.split("; "):
+        blamed = re.match(r"rank (\d+)(?! waits| is in| lost)", clause)
+        if blamed:
+            found.append(int(blamed[1]))
+    return sorted(found)
+
+
+def _scripts() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("watchdog_faults", SCRIPTS)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def _keep(file: Path, name: str, found: dict[str, Any]) -> None:
+    import json
+
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results.setdefault("hang", {})[name] = found
+    write_results(file, results)
+
+
+def hang_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of a table of the part `hang`."""
+    rows = []
+    for name, each in results.items():
+        if "failed" in each:
+            rows.append([name, "", "", "", "NO", "", "", f"failed: {each['failed']}"])
+            continue
+        over = {"cuda": "NCCL", "cpu": "gloo"}[each["device"]]
+        reference = results.get(f"{each['fault']}, rank {each['guilty']}, cpu", {})
+        is_same = general(reference.get("sentence", "")) == general(each["sentence"])
+        rows.append(
+            [
+                each["fault"],
+                str(each["guilty"]),
+                over,
+                ", ".join(map(str, each["named"])) or "nobody",
+                "yes" if each["right"] else "NO",
+                "" if each["device"] == "cpu" else "yes" if is_same else "other words",
+                f"{each['seconds']:.1f}",
+                each["sentence"].replace(str(SCRIPTS.parent) + "/", ""),
+            ]
+        )
+    return rows
+
+
+def general(sentence: str) -> str:
+    """Leave out what differs from run to run: paths, lines, processes and seconds."""
+    sentence = re.sub(r"\S+\.py:\d+", "a line", sentence)
+    sentence = re.sub(r"\(process \d+ on \S+\)", "(a process)", sentence)
+    return re.sub(r"for \d+ s", "for a while", re.sub(r"\bgloo:|\bnccl:", "", sentence))
