@@ -18,8 +18,6 @@ ADAMW = Op(
     name="adamw",
     reference=reference.adamw,
     implementations={Backend.TRITON: "lme_kernels.optim._triton_adamw"},
-    # No GPU has proven it yet.
-    manual=frozenset({Backend.TRITON}),
 )
 
 # Entries of a parameter's state that are means.

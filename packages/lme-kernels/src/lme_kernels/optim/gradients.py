@@ -13,14 +13,11 @@ GRAD_NORM = Op(
     name="grad_norm",
     reference=reference.grad_norm,
     implementations={Backend.TRITON: "lme_kernels.optim._triton_norm"},
-    # No GPU has proven it yet.
-    manual=frozenset({Backend.TRITON}),
 )
 SCALE_BY_NORM = Op(
     name="scale_by_norm",
     reference=reference.scale_by_norm,
     implementations={Backend.TRITON: "lme_kernels.optim._triton_norm"},
-    manual=frozenset({Backend.TRITON}),
 )
 
 

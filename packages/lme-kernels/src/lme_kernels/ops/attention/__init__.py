@@ -22,7 +22,6 @@ ATTENTION = Op(
     },
     manual=frozenset(
         {
-            "flash_varlen",
             "cudnn",
             "flash",
             "efficient",

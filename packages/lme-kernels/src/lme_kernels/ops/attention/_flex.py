@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -52,7 +51,11 @@ def attention(
     sinks: Tensor | None,
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend by FlexAttention, compiled once for each kind of call."""
+    """Attend by FlexAttention, compiled once for each kind of call.
+
+    As of everything that is compiled, a graph can be walked back once: a second time, with
+    `retain_graph=True`, raises.
+    """
     q, k, v = (each.transpose(1, 2) for each in (query, key, value))
     result = _flex()(
         q,
@@ -122,14 +125,7 @@ def _make_mask() -> Callable[..., Any]:
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    compiled = torch.compile(flex_attention)
-
-    def attend(*args: Any, **options: Any) -> Any:
-        # A graph may be walked more than once: its backward must leave saved tensors as they are.
-        with functorch_config.patch(donated_buffer=False):
-            return compiled(*args, **options)
-
-    return attend
+    return torch.compile(flex_attention)
 
 
 @cache

@@ -18,8 +18,6 @@ GATED_DELTA_RULE = Op(
     name="gated_delta_rule",
     reference=reference.gated_delta_rule,
     implementations={Backend.TRITON: "lme_kernels.ops.gated_delta_rule._triton"},
-    # Runs when named until a GPU has proven it.
-    manual=frozenset({Backend.TRITON}),
 )
 
 

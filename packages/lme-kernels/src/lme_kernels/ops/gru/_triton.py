@@ -79,7 +79,10 @@ def _forward_fake(x, weight, forget_x, forget_weight, reset_x, reset_weight, ini
     heads = [each.shape[-2] for each in (x, forget_x, reset_x)]
     N = max(*heads, *(each.shape[0] for each in (weight, forget_weight, reset_weight)))
     y = x.new_empty((*x.shape[:-2], N, x.shape[-1]))
-    kept = x.new_empty((3, *y.shape) if keep else (0,))
+    # Sums in front of the gates have few bits before the point: float16 keeps three more after it,
+    # and where it overflows the gates are saturated anyway.
+    dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
+    kept = x.new_empty((3, *y.shape) if keep else (0,), dtype=dtype)
     final = (x if initial is None else initial).new_empty((num_sequences(x, cu), N, x.shape[-1]))
     return y, kept, final
 

@@ -165,7 +165,7 @@ def _forward(query, key, value, log_decay, factor, skip, initial, cu_seqlens, sc
         decay, weight = sum_channel_decays(log_decay, slots), None
         scores = channel_scores(query, key, decay, scale, inclusive, slots)
     else:
-        decay, weight = sum_decays(log_decay, factor, slots)
+        decay, weight = sum_decays(log_decay, factor, slots, exact=query.dtype == torch.float32)
     options = (scale, inclusive, slots)
     if walk:
         walk_outputs(query, key, value, decay, weight, skip, initial, y, final, *options, settings)
@@ -231,7 +231,7 @@ def _backward(
         kept = torch.empty((slots.count, N, K), dtype=torch.float32, device=query.device)
         of_scores = (scores, torch.empty_like(scores), kept)
     else:
-        decay, weight = sum_decays(log_decay, factor, slots)
+        decay, weight = sum_decays(log_decay, factor, slots, exact=query.dtype == torch.float32)
     final = query.new_empty((sequences, N, K, V))
     states = walk_states(key, value, decay, weight, initial, final, slots, of_states)
     grad_initial = (query if initial is None else initial).new_empty(final.shape)

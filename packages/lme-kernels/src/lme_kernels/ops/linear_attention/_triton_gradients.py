@@ -16,7 +16,12 @@ from lme_kernels._triton_chunks import (
 )
 from lme_kernels._triton_launch import thin_launch
 from lme_kernels.ops.linear_attention._triton_outputs import weigh_scores
-from lme_kernels.ops.linear_attention._triton_states import head_decay, kind_of_sums, load_channels
+from lme_kernels.ops.linear_attention._triton_states import (
+    exp_of,
+    head_decay,
+    kind_of_sums,
+    load_channels,
+)
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
 
 
@@ -64,8 +69,8 @@ def _of_keys(
         left_over, read, kept_key = 1.0, scale, key
         if DECAY == 1:
             until, reached, last = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-            left_over = tl.exp(last - until)[:, None]
-            read = (tl.exp(reached) * scale)[:, None]
+            left_over = exp_of(last - until)[:, None]
+            read = (exp_of(reached) * scale)[:, None]
         passed = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         passed = weigh_scores(passed, until, reached, 0.0, C, DECAY, False, INCLUSIVE, True)
         passed = (passed * scale).to(query.dtype)
@@ -111,7 +116,7 @@ def _of_pairs(
             later -= pairs
             grad_decay -= by_query
         grad_decay += tl.sum(tl.where(row > column, later, 0.0), axis=1)
-        grad_decay += tl.exp(last) * tl.sum(kept) + (tl.cumsum(by_key, axis=0) - by_key)
+        grad_decay += exp_of(last) * tl.sum(kept) + (tl.cumsum(by_key, axis=0) - by_key)
     scores = grad_scores.to(query.dtype)
     grad_query += tl.dot(scores, key, input_precision=PRECISION)
     grad_key += tl.dot(tl.trans(scores), query, input_precision=PRECISION)

@@ -17,7 +17,12 @@ from lme_kernels._triton_chunks import (
     store_state,
 )
 from lme_kernels._triton_launch import thin_launch
-from lme_kernels.ops.linear_attention._triton_states import head_decay, kind_of_sums, load_channels
+from lme_kernels.ops.linear_attention._triton_states import (
+    exp_of,
+    head_decay,
+    kind_of_sums,
+    load_channels,
+)
 from lme_kernels.ops.linear_attention.settings import ChunkSettings
 from lme_kernels.tuning import ceil_div
 
@@ -42,13 +47,13 @@ def weigh_scores(
     if TRANSPOSED:
         seen = row <= column if INCLUSIVE else row < column
         if DECAY == 1:
-            scores *= tl.exp(tl.where(seen, reached[None, :] - until[:, None], 0.0))
+            scores *= exp_of(tl.where(seen, reached[None, :] - until[:, None], 0.0))
         if HAS_FACTOR:
             scores *= weight[:, None]
     else:
         seen = row >= column if INCLUSIVE else row > column
         if DECAY == 1:
-            scores *= tl.exp(tl.where(seen, reached[:, None] - until[None, :], 0.0))
+            scores *= exp_of(tl.where(seen, reached[:, None] - until[None, :], 0.0))
         if HAS_FACTOR:
             scores *= weight[None, :]
     return tl.where(seen, scores, 0.0)
@@ -128,7 +133,7 @@ def _outputs_kernel(
         until, reached, weight = 0.0, 0.0, 0.0
         if DECAY == 1:
             until, reached, _ = head_decay(decay_ptr, head, slot, count, C, INCLUSIVE)
-            y *= tl.exp(reached)[:, None]
+            y *= exp_of(reached)[:, None]
         if HAS_FACTOR:
             weight = tl.load(weight_ptr + (head.to(tl.int64) * count + slot) * C + tl.arange(0, C))
         scores = weigh_scores(
@@ -206,9 +211,9 @@ def _walk_kernel(
             weight = tl.load(own + tl.arange(0, C))
         if DECAY == 1:
             until, reached, last = head_decay(decay_ptr, head, base + place, count, C, INCLUSIVE)
-            y *= tl.exp(reached)[:, None]
-            state *= tl.exp(last)
-            left_over = tl.exp(last - until)
+            y *= exp_of(reached)[:, None]
+            state *= exp_of(last)
+            left_over = exp_of(last - until)
             if HAS_FACTOR:
                 left_over *= weight
             kept = (key.to(tl.float32) * left_over[None, :]).to(value.dtype)

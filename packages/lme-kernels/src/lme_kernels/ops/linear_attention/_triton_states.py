@@ -38,10 +38,10 @@ def kind_of_sums(decay: Tensor | None) -> int:
 
 
 @triton.jit
-def _sums(step, length, C: tl.constexpr):
+def _sums(step, length, dtype: tl.constexpr, C: tl.constexpr):
     """Sums over rows, that of the last token from there on: a scan rounds each row its own way."""
     row = tl.arange(0, C)[:, None]
-    until = tl.cumsum(step.to(tl.float32), axis=0)
+    until = tl.cumsum(step.to(dtype), axis=0)
     last = tl.sum(tl.where(row == length - 1, until, 0.0), axis=0, keep_dims=True)
     return tl.where(row < length, until, last)
 
@@ -75,7 +75,7 @@ def _decay_kernel(
     here = (head < N)[None, :]
     if HAS_DECAY:
         step = load_rows(log_decay_ptr, start, length, decay_stride, first, C, N, BLOCK)
-        tl.store(decay_ptr + offset, _sums(step, length, C), mask=here)
+        tl.store(decay_ptr + offset, _sums(step, length, decay_ptr.dtype.element_ty, C), mask=here)
     if HAS_FACTOR:
         weight = load_rows(factor_ptr, start, length, factor_stride, first, C, N, BLOCK)
         tl.store(weight_ptr + offset, weight.to(tl.float32), mask=here)
@@ -104,7 +104,7 @@ def _channel_decay_kernel(
     start, length = slot_of(table_ptr, slot, count, S, C, PACKED)
     own = log_decay_ptr + head.to(tl.int64) * head_stride
     step = load_rows(own, start, length, stride, first, C, K, BLOCK)
-    until = _sums(step, length, C)
+    until = _sums(step, length, tl.float32, C)
     store_rows(decay_ptr, until, (slot * N + head) * C, C, K, first, C, K, BLOCK)
 
 
@@ -143,7 +143,7 @@ def sum_channel_decays(log_decay: Tensor, slots: Slots) -> Tensor:
 
 
 def sum_decays(
-    log_decay: Tensor | None, factor: Tensor | None, slots: Slots
+    log_decay: Tensor | None, factor: Tensor | None, slots: Slots, *, exact: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Sum the decays of each head over the tokens of each chunk.
 
@@ -151,10 +151,12 @@ def sum_decays(
         log_decay: Shape (B, S, N) or (T, N); `None` for none.
         factor: Factor of each key, of the same shape; `None` for none.
         slots: The chunks.
+        exact: Sum in float64. Decays are exponentials of differences of sums, so that in float32 a
+            strong decay in a chunk takes digits from every weak one after it.
 
     Returns:
-        Sums of `log_decay` up to each token, and the factors, 0 past the last token:
-        float32, shape (N, slots, chunk).
+        Sums of `log_decay` up to each token, float64 if `exact` and float32 otherwise, and the
+        factors, 0 past the last token, float32: shape (N, slots, chunk).
     """
     given = log_decay if log_decay is not None else factor
     if given is None:
@@ -162,8 +164,11 @@ def sum_decays(
     N = given.shape[-1]
     shape = (N, slots.count, slots.chunk)
     decay, weight = (
-        None if each is None else torch.empty(shape, dtype=torch.float32, device=given.device)
-        for each in (log_decay, factor)
+        None if each is None else torch.empty(shape, dtype=dtype, device=given.device)
+        for each, dtype in (
+            (log_decay, torch.float64 if exact else torch.float32),
+            (factor, torch.float32),
+        )
     )
     if slots.count == 0:
         return decay, weight
@@ -189,6 +194,12 @@ def sum_decays(
         num_warps=4,
     )
     return decay, weight
+
+
+@triton.jit
+def exp_of(difference):
+    """Exponential, in float32, of a difference of sums of logarithms."""
+    return tl.exp(difference.to(tl.float32))
 
 
 @triton.jit
@@ -318,8 +329,8 @@ def _states_kernel(
             left, last = _kept(
                 decay_ptr, head, slot, count, first_key, N, K, DECAY, REVERSE, INCLUSIVE, C, BLOCK_K
             )
-            weight = weight * tl.exp(left)
-            state *= tl.exp(last)
+            weight = weight * exp_of(left)
+            state *= exp_of(last)
         if DECAY != 0 or HAS_FACTOR:
             key = (key.to(tl.float32) * weight).to(value.dtype)
             state += tl.dot(key, value, input_precision=PRECISION)

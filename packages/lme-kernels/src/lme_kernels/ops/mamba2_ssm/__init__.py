@@ -18,8 +18,6 @@ MAMBA2_SSM = Op(
     name="mamba2_ssm",
     reference=reference.mamba2_ssm,
     implementations={Backend.TRITON: "lme_kernels.ops.mamba2_ssm._triton"},
-    # Runs when named: its proofs have not run on a GPU.
-    manual=frozenset({Backend.TRITON}),
 )
 
 
