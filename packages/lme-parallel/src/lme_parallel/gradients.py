@@ -31,13 +31,14 @@ def global_norm(gradients: Sequence[Tensor], *, keep_wide: bool = False) -> Tens
 
 
 def scale_gradients(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply gradients in place, without waiting for the device.
+    """Multiply gradients in place, without waiting for the device they are on.
 
     Args:
         gradients: On one device.
-        factor: 0-d.
+        factor: 0-d. Where gradients are offloaded to the CPU and this is not, it is waited for.
     """
     if gradients:
+        factor = factor.to(gradients[0].device)
         # Foreach ops have no public names.
         torch._foreach_mul_(list(gradients), factor)  # pyright: ignore[reportPrivateImportUsage]
 
