@@ -144,8 +144,9 @@ def attention_with_dropout(
         weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
     token_key = random.mix(random.mix(dropout_key, site + 1), token_index)[:, None, :, None]
     heads = part * N + torch.arange(N, device=query.device)
-    # No sequence is that long, so that padding changes no counter.
-    columns = heads[:, None, None] * 2**32 + rows
+    # No sequence is that long, so that padding changes no counter. Shifted, not multiplied: Inductor
+    # of torch 2.11 would take a product with 2**32 for an index of 32 bits.
+    columns = (heads[:, None, None] << 32) + rows
     # The counter enters by XOR for the reason that `dropout` gives.
     keep = random.uniform(token_key ^ columns, 1) >= p
     weights = torch.where(keep, weights / (1.0 - p), 0.0)
