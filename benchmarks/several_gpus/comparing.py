@@ -8,6 +8,9 @@ ALLOWED = 2.0
 """Times the noise. Each of two right runs may be as far from what exact numbers would give as the
 noise says, so that two are at most twice that apart."""
 
+WRITTEN = 2.0**-23
+"""The least that counts as noise: losses are written down in fp32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:

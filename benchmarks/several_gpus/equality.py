@@ -3,7 +3,7 @@
 from typing import Any
 
 from several_gpus.bench import Bench
-from several_gpus.comparing import ALLOWED, compare, noise
+from several_gpus.comparing import ALLOWED, WRITTEN, compare, noise
 from several_gpus.layouts import LAYOUTS, NOISE, ONE
 
 TITLES = (
@@ -38,7 +38,7 @@ def bound(results: dict[str, Any]) -> float | None:
         return None
     known = [results[name]["losses"] for name in NOISE if "losses" in results.get(name, {})]
     found = noise(known, results[ONE]["losses"])
-    return None if found is None else ALLOWED * found
+    return None if found is None else ALLOWED * max(found, WRITTEN)
 
 
 def layout_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -49,8 +49,10 @@ def layout_rows(results: dict[str, Any]) -> list[list[str]]:
     """
     rows, limit = [], bound(results)
     reference = results.get(ONE, {})
-    for name, each in results.items():
-        title = LAYOUTS[name].title
+    for name, layout in LAYOUTS.items():
+        each, title = results.get(name), layout.title
+        if each is None:
+            continue
         if "failed" in each:
             rows.append([title, f"failed: {each['failed'][:160]}"])
             continue

@@ -4,23 +4,26 @@ import re
 import shutil
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from several_gpus.bench import Bench
 from several_gpus.comparing import compare
 from several_gpus.layouts import LAYOUTS, ONE
-from several_gpus.runs import Run, RunFailedError, clean
+from several_gpus.runs import Run, RunFailedError
 
-# Name, what saves, what continues.
-WAYS = {
-    "saved on two, continued on one": ("fsdp2", ONE),
-    "saved on one, continued on two": (ONE, "fsdp2"),
-    "saved by TP, continued by FSDP2": ("tp", "fsdp2"),
+# What saves, what continues.
+MOVES = {
+    "two-one": ("fsdp2", ONE),
+    "one-two": (ONE, "fsdp2"),
+    "tp-fsdp2": ("tp", "fsdp2"),
 }
-DEFAULT_WAYS = list(WAYS)[:2]
-ASYNC = "asynchronous save"
+ASYNC = "async"
+WAYS = (*MOVES, ASYNC)
+DEFAULT_WAYS = ["two-one", "one-two", ASYNC]
 TITLES = (
-    "way",
+    "saved by",
+    "continued by",
     "steps before, in all",
     "save s",
     "GiB",
@@ -49,12 +52,13 @@ def measure_resume(bench: Bench, steps: int, ways: list[str]) -> None:
     """
     bench.one()
     for way in ways:
-        bench.attempt("resume", way, _moved(bench, way, min(steps, bench.steps)))
-    bench.attempt("resume", ASYNC, _saved_meanwhile(bench, bench.steps))
+        make = _saved_meanwhile(bench) if way == ASYNC else _moved(bench, way, steps)
+        bench.attempt("resume", way, make)
 
 
 def _moved(bench: Bench, way: str, steps: int) -> Callable[[], dict[str, Any]]:
-    before, after = WAYS[way]
+    before, after = MOVES[way]
+    steps = min(steps, bench.steps)
     cut = steps // 2
 
     def make() -> dict[str, Any]:
@@ -62,10 +66,9 @@ def _moved(bench: Bench, way: str, steps: int) -> Callable[[], dict[str, Any]]:
             "save_args.save_optimizer": True,
             "training_parameters.num_training_steps": cut,
         }
-        name = f"{before}-{after}"
-        first = bench.run(name, "resume", layout=before, changes=changes)
-        folder = bench.folder / bench.case.name / "resume" / name
-        size = _bytes(bench, name)
+        first = bench.run(way, "resume", layout=before, changes=changes)
+        folder = bench.folder / bench.case.name / "resume" / way
+        size = _bytes(folder)
         changes["training_parameters.num_training_steps"] = steps
         # The whole is saved before; what follows is only trained.
         changes["save_args.save_optimizer"] = False
@@ -88,8 +91,8 @@ def _moved(bench: Bench, way: str, steps: int) -> Callable[[], dict[str, Any]]:
     return make
 
 
-def _saved_meanwhile(bench: Bench, steps: int) -> Callable[[], dict[str, Any]]:
-    interval = max(1, steps // 3)
+def _saved_meanwhile(bench: Bench) -> Callable[[], dict[str, Any]]:
+    interval = max(1, bench.steps // 2)
 
     def make() -> dict[str, Any]:
         changes = {
@@ -98,8 +101,8 @@ def _saved_meanwhile(bench: Bench, steps: int) -> Callable[[], dict[str, Any]]:
             "save_args.keep_last": 1,
             "save_args.save_interval": interval,
         }
-        run = bench.run("async", "resume", layout="fsdp2", changes=changes)
-        clean(bench.folder / bench.case.name / "resume" / "async")
+        run = bench.run(ASYNC, "resume", layout="fsdp2", changes=changes)
+        shutil.rmtree(bench.folder / bench.case.name / "resume" / ASYNC)
         return {"saves": _stalls(run, bench.warmup)}
 
     return make
@@ -137,8 +140,7 @@ def _saves(run: Run) -> list[tuple[int, float]]:
     return [(int(step), float(seconds)) for step, seconds in found]
 
 
-def _bytes(bench: Bench, name: str) -> int:
-    folder = bench.folder / bench.case.name / "resume" / name
+def _bytes(folder: Path) -> int:
     files = (each for root in folder.glob("global_step*") for each in root.rglob("*"))
     return sum(each.stat().st_size for each in files if each.is_file())
 
@@ -154,15 +156,15 @@ def resume_rows(
         limit: Relative difference of losses that noise explains; `None` if not known.
     """
     rows = []
-    for way in WAYS:
-        each = results.get(way)
+    for way, names in MOVES.items():
+        each, titles = results.get(way), [LAYOUTS[name].title for name in names]
         if each is None:
             continue
         if "failed" in each:
-            rows.append([way, f"failed: {each['failed'][:160]}"])
+            rows.append([*titles, f"failed: {each['failed'][:160]}"])
             continue
         row = [
-            way,
+            *titles,
             f"{each['cut']}, {each['steps']}",
             f"{each['save_seconds']:.2f}",
             f"{each['bytes'] / 2**30:.2f}",

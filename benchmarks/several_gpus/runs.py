@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import statistics
@@ -30,7 +29,10 @@ _PRELOADED = (
     "lme_parallel.sharded",
     "lme_parallel.watchdog.watchdog",
     "torch._dynamo",
+    "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
+    "lme_parallel.equality",
+    "pytest",
 )
 _LEAST_SECONDS = 5.0
 
@@ -203,12 +205,6 @@ def last_words(log: str) -> str:
     lines = [each.strip() for each in log.splitlines() if each.strip()]
     wrong = [each for each in lines if re.search(r"\berror\b|Error\b", each)]
     return (wrong or lines or ["it said nothing"])[-1]
-
-
-def clean(folder: Path) -> None:
-    """Remove checkpoints of a run, and keep the rest."""
-    for each in folder.glob("global_step*"):
-        shutil.rmtree(each)
 
 
 def free_port() -> int:

@@ -30,11 +30,14 @@ def free_port():
 def open_store(kind, folder, rank):
     if kind.isdecimal():
         return TCPStore("127.0.0.1", int(kind), is_master=rank == 0, wait_for_workers=False)
-    return FileStore(str(Path(folder) / "store"), 4)
+    return FileStore(str(Path(folder) / "store"), distributed.get_world_size())
 
 
-def train(fault, guilty, folder, kind):
-    """Three steps with the phases of a training run; the fault comes in the second."""
+def train(fault, guilty, folder, kind, device="cpu"):
+    """Three steps with the phases of a training run; the fault comes in the second.
+
+    In any number of processes, whose group serves the device.
+    """
     rank = distributed.get_rank()
     store = open_store(kind, folder, rank)
     # Most are no members of it.
@@ -43,12 +46,12 @@ def train(fault, guilty, folder, kind):
     watchdog = Watchdog(
         store,
         rank=rank,
-        world_size=4,
+        world_size=distributed.get_world_size(),
         seconds=SECONDS,
         folder=Path(folder) / "stacks",
         say=said.write_text,
     )
-    weight = torch.ones(8, requires_grad=True)
+    weight = torch.ones(8, requires_grad=True, device=device)
     with watchdog:
         for step in range(1, 4):
             is_due = rank == guilty and step == GUILTY_STEP
@@ -62,11 +65,14 @@ def train(fault, guilty, folder, kind):
             loss.backward()
             if not (fault == "skipped collective" and is_due):
                 shape = 3 if fault == "wrong shape" and is_due else 8
-                distributed.all_reduce(torch.ones(shape))
+                distributed.all_reduce(torch.ones(shape, device=device))
             if fault == "rank-only call" and is_due:
                 distributed.barrier()
             watchdog.mark("clip")
-            distributed.all_reduce(torch.ones(1))
+            norm = torch.ones(1, device=device)
+            distributed.all_reduce(norm)
+            # Where a GPU is awaited.
+            norm.item()
             watchdog.mark("optimizer")
             strike("optimizer")
             watchdog.mark("checkpoint")
