@@ -110,7 +110,13 @@ def place_over(
             )
         wrapped = wrap_model(model, mesh.sharding, device=device, **options)
         is_owner = mesh.root.get_local_rank("replicate") == 0
-        return FlatParameters(wrapped, initial_value, is_owner=is_owner, sync_every_step=sync)
+        return FlatParameters(
+            wrapped,
+            initial_value,
+            is_owner=is_owner,
+            sync_every_step=sync,
+            offload=options["offload"],
+        )
     from lme_parallel.sharded import (  # noqa: PLC0415 (slow to load; for several processes)
         ShardedParameters,
         adopt_values,

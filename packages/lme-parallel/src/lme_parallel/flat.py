@@ -107,6 +107,7 @@ class FlatParameters:
         initial_value: First values.
         is_owner: Whether this process speaks for what it holds, of those that hold the same.
         sync_every_step: Whether gradients are reduced in each micro step.
+        offload: Whether the runs are in host memory.
     """
 
     def __init__(
@@ -116,8 +117,12 @@ class FlatParameters:
         *,
         is_owner: bool,
         sync_every_step: bool,
+        offload: bool,
     ) -> None:
         self._wrapped = wrapped
+        self._offload = offload
+        # Gradients of the micro steps so far, where they are offloaded.
+        self._sums: dict[str, Tensor] = {}
         self._sync_every_step = sync_every_step
         self._is_last = True
         self._parameters = {
@@ -149,12 +154,28 @@ class FlatParameters:
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass."""
-        syncs = self._is_last or self._sync_every_step
+        syncs = self._is_last or self._sync_every_step or self._offload
         with nullcontext() if syncs else self._wrapped.no_sync():
             loss.backward()
+        if self._offload:
+            self._add_gradients()
 
     def finish(self) -> None:
-        """Need nothing: the wrapper leaves gradients on the local runs."""
+        """Leave what was summed here on the local runs; the wrapper leaves gradients there."""
+        for name, total in self._sums.items():
+            self._parameters[name].grad = total
+        self._sums.clear()
+
+    def _add_gradients(self) -> None:
+        # The wrapper does not add to gradients in host memory: it writes over them.
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self._sums:
+                self._sums[name] += parameter.grad
+            else:
+                self._sums[name] = parameter.grad.clone()
+            parameter.grad = None
 
     def refresh(self) -> None:
         """Drop gradients and whole parameters, so that the next pass gathers new ones."""

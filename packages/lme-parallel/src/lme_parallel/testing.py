@@ -1,7 +1,8 @@
 """Processes for tests: several that form a group, or one that is killed on the way.
 
-All are forked from one server process that has torch loaded already, so that starting one takes
-milliseconds instead of seconds.
+All are forked from one server process, which lives as long as the tests do and has torch loaded
+already, and the modules of the workspace that were loaded when the first one was started: starting
+one takes milliseconds instead of seconds.
 """
 
 import faulthandler
@@ -40,6 +41,8 @@ _PRELOADED = (
     "hypothesis",
     "pytest",
 )
+# What a first compilation imports, whatever its backend: seconds of it.
+_COMPILER = "torch._inductor.compile_fx"
 _JOIN_SECONDS = 30.0
 
 
@@ -176,7 +179,7 @@ def _start(
 ) -> BaseProcess:
     context = get_context("forkserver")
     # Without effect once the server runs.
-    context.set_forkserver_preload(list(_PRELOADED))
+    context.set_forkserver_preload([*_PRELOADED, *_further_modules()])
     # By file and name: a test file is not importable by name in another process.
     source = sys.modules[function.__module__].__file__
     process = context.Process(
@@ -186,6 +189,18 @@ def _start(
     )
     process.start()
     return process
+
+
+def _further_modules() -> list[str]:
+    """Return what else the server loads: the compiler, and what is loaded here of the workspace.
+
+    Private modules are left out: programs, and kernels in languages that need more than torch.
+    Nothing where there is a GPU: a server that has spoken to its driver must not be forked.
+    """
+    if torch.cuda.is_available():
+        return []
+    ours = (name for name in sys.modules if name.startswith("lme_") and "._" not in name)
+    return [_COMPILER, *sorted(ours)]
 
 
 def _enter(
