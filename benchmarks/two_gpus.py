@@ -32,6 +32,7 @@ def main() -> None:
     from several_gpus.resume import measure_resume
     from several_gpus.runs import Budget, Starter
     from several_gpus.scaling import measure_scaling
+    from several_gpus.struck import measure_struck
 
     budget = Budget.of(options.budget_seconds)
     file = options.output / "results.json"
@@ -57,6 +58,8 @@ def main() -> None:
                 measure_scaling(bench, always_traces=options.trace)
             if "resume" in options.parts:
                 measure_resume(bench, options.resume_steps, options.ways)
+            if "struck" in options.parts:
+                measure_struck(bench, options.struck)
         if "hang" in options.parts:
             devices = ["cpu", "cuda"] if options.device == "cuda" else ["cpu"]
             measure_hangs(file, budget, options.faults, devices)
@@ -76,12 +79,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("layouts", "scaling", "resume", "hang")
+    parts = ("layouts", "scaling", "resume", "struck", "hang")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--model", nargs="+", choices=("readme", "1b"), default=["readme", "1b"])
     parser.add_argument("--tiny", action="store_true", help="a small model, to try this script")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=NAMES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=DEFAULT_WAYS)
+    parser.add_argument("--struck", nargs="+", choices=LAYOUTS, default=["fsdp2"])
     parser.add_argument("--faults", nargs="+", default=FAULTS)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=10, help="steps whose speed does not count")

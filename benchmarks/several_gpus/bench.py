@@ -75,9 +75,18 @@ class Bench:
         changes: Mapping[str, Any] | None = None,
     ) -> Run:
         """Train a layout in a folder, from where a run there stopped."""
+        content = self.content(folder, layout, rows=rows)
+        for key, value in (changes or {}).items():
+            section, _, setting = key.partition(".")
+            content[section][setting] = value
+        print(f"{self.case.name}: {folder.parent.name}, {folder.name} ...", flush=True)
+        return self.starter.train(content, LAYOUTS[layout].processes)
+
+    def content(self, folder: Path, layout: str, *, rows: int | None = None) -> dict[str, Any]:
+        """Return the run file of a layout, and write the tokens that it names."""
         data = self.folder / self.case.name / "data" / "language"
         write_language(data, self.case, self.steps)
-        content = run_file(
+        return run_file(
             self.case,
             LAYOUTS[layout],
             data=data,
@@ -87,11 +96,6 @@ class Bench:
             compiled=self.compiled,
             rows=rows,
         )
-        for key, value in (changes or {}).items():
-            section, _, setting = key.partition(".")
-            content[section][setting] = value
-        print(f"{self.case.name}: {folder.parent.name}, {folder.name} ...", flush=True)
-        return self.starter.train(content, LAYOUTS[layout].processes)
 
     def kept(self, part: str, name: str) -> dict[str, Any] | None:
         """Return a result that is there and was made with the same settings."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from several_gpus import equality, hang, resume, scaling
+from several_gpus import equality, hang, resume, scaling, struck
 from several_gpus.cases import CASES
 
 
@@ -33,7 +33,8 @@ def report(results: dict[str, Any], command: Sequence[str], device: str) -> str:
     if "hang" in results:
         said += ["## Hangs\n", table(hang.TITLES, hang.hang_rows(results["hang"]))]
         said.append(
-            "Of two that disagree about a collective both are named: nothing tells who is wrong.\n"
+            "Of two that disagree about a collective both may be named: nothing tells who is wrong."
+            " `as on CPU`: those who are blamed are blamed in the same words.\n"
         )
     return "\n".join(said)
 
@@ -68,6 +69,9 @@ def _case(name: str, results: dict[str, Any]) -> list[str]:
             "Asynchronous saves of FSDP2:\n",
             table(resume.ASYNC_TITLES, resume.async_rows(results["resume"])),
         ]
+    if "struck" in results:
+        rows = struck.struck_rows(results["struck"])
+        said += ["### A process of `lme train` that is struck\n", table(struck.TITLES, rows)]
     return said
 
 

@@ -99,3 +99,13 @@ def test_a_trace_says_what_the_time_went_to(scripts):
 )
 def test_those_who_are_blamed_are_told_from_those_who_wait(scripts, sentence, ranks):
     assert scripts("several_gpus.hang").culprits(sentence) == ranks
+
+
+def test_the_same_blame_in_other_places_is_the_same(scripts):
+    general = scripts("several_gpus.hang").general
+    gone = "rank {} (process {} on a) has ended without a word, last seen in {} at {}; rank 0 waits in x"
+    first, second = gone.format(1, 7, "start", "a.py:3"), gone.format(1, 88, "backward", "b.py:4")
+    assert general(first) == general(second) != general(gone.format(0, 7, "start", "a.py:3"))
+    slow = "rank 1 has been in forward at {} for {} s; rank 0 waits in all_reduce"
+    assert general(slow.format("a.py:3", 1)) == general(slow.format("a.py:3", 12))
+    assert general(slow.format("a.py:3", 1)) != general(first)
