@@ -81,6 +81,20 @@ def _fla_gated_delta_rule() -> Foreign:
     return gated_delta_rule
 
 
+def _fla_mamba2_ssm() -> Foreign:
+    # It has no kernel of its own for Mamba 2: linear attention with a decay a head, fed as its
+    # recurrence says.
+    chunk = import_module("fla.ops.simple_gla").chunk_simple_gla
+
+    def mamba2_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor) -> Tensor:
+        query, key = (each.repeat_interleave(x.shape[2] // each.shape[2], 2) for each in (C, B))
+        value = x * dt[..., None].to(x.dtype)
+        y = chunk(query, key, value, g=dt.float() * A.float(), scale=1.0)[0]
+        return y + D[:, None].to(x.dtype) * x
+
+    return mamba2_ssm
+
+
 def _fla_causal_conv1d() -> Foreign:
     function = import_module("fla.modules.convolution").causal_conv1d
     return lambda x, weight, bias, *, activation: function(x, weight, bias, activation=activation)[
@@ -124,6 +138,7 @@ PEERS: Mapping[str, Mapping[str, Callable[[], Foreign]]] = {
     "fla": {
         "linear_attention": _fla_linear_attention,
         "gated_delta_rule": _fla_gated_delta_rule,
+        "mamba2_ssm": _fla_mamba2_ssm,
         "causal_conv1d": _fla_causal_conv1d,
     },
     "mamba_ssm": {"mamba2_ssm": _mamba_ssm},
