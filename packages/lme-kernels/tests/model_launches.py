@@ -38,11 +38,11 @@ def delta(size):
 
 
 def launch_all():
-    """Make the calls, the widest of each kind."""
+    """Make the calls, the widest of each kind; first those that compile in less time."""
+    linear(128, 64, "head", 1, 32, mamba=True)
+    linear(128, 128, None)
+    linear(128, 128, "head", 4, 4, dtype=torch.float32)
     linear(256, 256, "head")
     linear(256, 256, "channel")
-    linear(128, 128, None)
-    linear(128, 64, "head", 1, 32, mamba=True)
-    linear(128, 128, "head", 4, 4, dtype=torch.float32)
     for size in (128, 256):
         delta(size)

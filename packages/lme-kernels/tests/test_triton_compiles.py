@@ -32,13 +32,15 @@ def test_every_kernel_of_every_op_compiles_and_fits_a_gpu(tmp_path):
     launched = {name: kernels for kind, name, *kernels in lines if kind == "op"}
     assert set(launched) == {op.name for op in ALL_OPS.values() if "triton" in op.implementations}
     assert all(len(kernels) >= 1 for kernels in launched.values())
-    compiled = {line[1] for line in lines if line[0] == "kernel"}
-    assert compiled >= {each for kernels in launched.values() for each in kernels}
-    for _, name, size, shared, spilled, races in (line for line in lines if line[0] == "kernel"):
+    kernels = [line[1:] for line in lines if line[0] == "kernel"]
+    binaries = {name for name, last, *_ in kernels if last == "binary"}
+    assert binaries >= {each for names in launched.values() for each in names}
+    for name, _, size, shared, spilled, races in kernels:
+        # What is not looked for is -1.
         assert int(shared) <= SHARED_BYTES, (name, size)
         # A few words are spilled and read back outside of loops at most; heads of 256 are slow.
         assert int(spilled) <= (32 if int(size) <= 128 else 1024), (name, size)
-        assert int(races) == 0, (name, size)
+        assert int(races) <= 0, (name, size)
 
 
 LOOP = """
