@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from lme_parallel.equality import compare_layout
-
 HYBRID = {
     "zero_topology": {
         "data_parallel_replication_world_size": 2,
@@ -66,6 +64,25 @@ VARIANTS = {
     "FSDP 1, sync at the end": ("FSDP 1", {SYNC: False}, {}),
     "stage 3, offload": ("stage 3", {"cpu_offload": True}, {}),
 }
+DROPPED = {"options": {"dropout": 0.2}}
+FP32 = {"dtype": torch.float32}
+# All of them, so that those of as many processes share a group.
+TABLE = {
+    **{name: (*layout, DROPPED) for name, layout in LAYOUTS.items()},
+    **{f"{name}, fp32": (each, 2, {**DROPPED, **FP32}) for name, each in PLACEMENTS.items()},
+    **{
+        f"{name}, bf16": (each, 2, {"dtype": torch.bfloat16, "steps": 1})
+        for name, each in PLACEMENTS.items()
+    },
+    **{
+        f"{name}, bf16 messages": ({**each, "communication_dtype": "bf16"}, 2, {**FP32, "steps": 1})
+        for name, each in PLACEMENTS.items()
+    },
+    **{
+        name: ({**PLACEMENTS[placement], **settings}, 2, {"steps": 2, **comparison})
+        for name, (placement, settings, comparison) in VARIANTS.items()
+    },
+}
 # Norm of the difference over the norm: sums over ranks are taken in another order.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
 
@@ -77,23 +94,24 @@ def check(found, dtype):
     assert max(found.values()) < BOUNDS[dtype], found
 
 
+def test_the_table_has_them_all():
+    assert len(TABLE) == len(LAYOUTS) + 3 * len(PLACEMENTS) + len(VARIANTS)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_computes_what_one_process_computes(name):
-    settings, world_size = LAYOUTS[name]
-    found = compare_layout(settings, world_size, options={"dropout": 0.2})
-    check(found, torch.float64)
+def test_a_layout_computes_what_one_process_computes(name, compare):
+    check(compare(TABLE, name), torch.float64)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_so_does_fp32(name):
-    found = compare_layout(PLACEMENTS[name], 2, dtype=torch.float32, options={"dropout": 0.2})
-    check(found, torch.float32)
+def test_so_does_fp32(name, compare):
+    check(compare(TABLE, f"{name}, fp32"), torch.float32)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_bf16_gradients_are_summed_in_fp32(name):
+def test_bf16_gradients_are_summed_in_fp32(name, compare):
     # One step: the next starts from weights that may round to another bf16 number.
-    found = compare_layout(PLACEMENTS[name], 2, dtype=torch.bfloat16, steps=1)
+    found = compare(TABLE, f"{name}, bf16")
     # Micro batches give the same bits everywhere, except where a kernel for short rows depends on
     # how memory is aligned: that is one rounding of a norm's weight to bf16.
     assert found["gradients"] < 2**-7
@@ -103,15 +121,12 @@ def test_bf16_gradients_are_summed_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_gradients_are_summed_in_the_dtype_asked_for(name):
-    settings = {**PLACEMENTS[name], "communication_dtype": "bf16"}
-    found = compare_layout(settings, 2, dtype=torch.float32, steps=1)
+def test_gradients_are_summed_in_the_dtype_asked_for(name, compare):
+    found = compare(TABLE, f"{name}, bf16 messages")
     # bf16 has 8 bits: a rounding is 2**-9 at most, and about a third of that on average.
     assert 2**-11 < found["all gradients"] < 2**-8
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_so_it_does_with_other_settings(name):
-    placement, settings, options = VARIANTS[name]
-    found = compare_layout({**PLACEMENTS[placement], **settings}, 2, **{"steps": 2, **options})
-    check(found, torch.float64)
+def test_so_it_does_with_other_settings(name, compare):
+    check(compare(TABLE, name), torch.float64)

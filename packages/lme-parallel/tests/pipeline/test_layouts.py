@@ -7,7 +7,6 @@ from lme_parallel.equality import (
     CLIP_AT,
     assemble,
     collect,
-    compare_layout,
     evaluate,
     global_batches,
     make_args,
@@ -72,6 +71,24 @@ LAYOUTS = {
     ),
     "hybrid shards": ({"stage": 3, **HYBRID, **pipeline("1F1B")}, 8, 2, TIED),
 }
+IN_FP32 = ("1F1B", "ZBVZeroBubble", "one shard")
+IN_BF16 = ("ZBVZeroBubble, tied", "one shard")
+
+
+def comparison(name, steps=2, **further):
+    """The layout's settings and processes, and options of the comparison."""
+    settings, size, accumulation, options = LAYOUTS[name]
+    further = {"steps": steps, "options": {"layers": 5}, **further}
+    options = {**further["options"], **options}
+    return settings, size, {**further, "accumulation": accumulation, "options": options}
+
+
+# All of them, so that those of as many processes share a group.
+TABLE = {
+    **{name: comparison(name, options={"dropout": 0.2, "layers": 5}) for name in LAYOUTS},
+    **{f"{name}, fp32": comparison(name, dtype=torch.float32) for name in IN_FP32},
+    **{f"{name}, bf16": comparison(name, 1, dtype=torch.bfloat16) for name in IN_BF16},
+}
 # Norm of the difference over the norm: sums over processes are taken in another order.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
 
@@ -83,45 +100,21 @@ def check(found, dtype):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_computes_what_one_process_computes(name):
-    settings, size, accumulation, options = LAYOUTS[name]
-    found = compare_layout(
-        settings,
-        size,
-        accumulation=accumulation,
-        steps=2,
-        options={"dropout": 0.2, "layers": 5, **options},
-    )
-    check(found, torch.float64)
+def test_a_layout_computes_what_one_process_computes(name, compare):
+    check(compare(TABLE, name), torch.float64)
 
 
-@pytest.mark.parametrize("name", ["1F1B", "ZBVZeroBubble", "one shard"])
-def test_so_does_fp32(name):
-    settings, size, accumulation, options = LAYOUTS[name]
-    found = compare_layout(
-        settings,
-        size,
-        dtype=torch.float32,
-        accumulation=accumulation,
-        steps=2,
-        options={"layers": 5, **options},
-    )
+@pytest.mark.parametrize("name", IN_FP32)
+def test_so_does_fp32(name, compare):
+    found = compare(TABLE, f"{name}, fp32")
     # Gradients of single parameters that nearly cancel are as far off in one process.
     assert found.pop("gradients") < 1e-4
     check(found, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["ZBVZeroBubble, tied", "one shard"])
-def test_bf16_copies_compute_what_those_of_one_process_compute(name):
-    settings, size, accumulation, options = LAYOUTS[name]
-    found = compare_layout(
-        settings,
-        size,
-        dtype=torch.bfloat16,
-        accumulation=accumulation,
-        steps=1,
-        options={"layers": 5, **options},
-    )
+@pytest.mark.parametrize("name", IN_BF16)
+def test_bf16_copies_compute_what_those_of_one_process_compute(name, compare):
+    found = compare(TABLE, f"{name}, bf16")
     # The same kernels on the same tensors; gradients of a stage are added up in fp32 there.
     assert (found["initial"], found["copies"]) == (0.0, 0.0)
     assert found["loss"] < 1e-6

@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lme_parallel.equality import (
     assemble,
-    compare_layout,
     rank_batches,
     relative,
     run_steps,
@@ -61,6 +60,23 @@ LAYOUTS = {
     "two replicas of one shard": ({**TWO_CUT, "stage": 3, **HYBRID}, 4, {"dropout": 0.2}),
     "two replicas of two shards": ({**TWO_CUT, "stage": 3, **BOTH}, 8, {"is_tied": True}),
 }
+IN_FP32 = ("two", "two shards, sequence cut")
+IN_BF16 = ("two, sequence cut", "two shards")
+# All of them, so that those of as many processes share a group.
+TABLE = {
+    **{name: (*layout[:2], {"options": layout[2]}) for name, layout in LAYOUTS.items()},
+    **{
+        f"{name}, fp32": (*LAYOUTS[name][:2], {"dtype": torch.float32, "options": LAYOUTS[name][2]})
+        for name in IN_FP32
+    },
+    **{
+        f"{name}, bf16": (
+            *LAYOUTS[name][:2],
+            {"dtype": torch.bfloat16, "steps": 1, "options": LAYOUTS[name][2]},
+        )
+        for name in IN_BF16
+    },
+}
 # Norm of the difference over the norm: sums over processes are taken in another order.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6}
 
@@ -72,15 +88,13 @@ def check(found, dtype):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_computes_what_one_process_computes(name):
-    settings, size, options = LAYOUTS[name]
-    check(compare_layout(settings, size, options=options), torch.float64)
+def test_a_layout_computes_what_one_process_computes(name, compare):
+    check(compare(TABLE, name), torch.float64)
 
 
-@pytest.mark.parametrize("name", ["two", "two shards, sequence cut"])
-def test_so_does_fp32(name):
-    settings, size, options = LAYOUTS[name]
-    found = compare_layout(settings, size, dtype=torch.float32, options=options)
+@pytest.mark.parametrize("name", IN_FP32)
+def test_so_does_fp32(name, compare):
+    found = compare(TABLE, f"{name}, fp32")
     # The gradients of single parameters have a test of their own.
     assert found.pop("gradients") < 1e-4
     check(found, torch.float32)
@@ -102,10 +116,9 @@ def gradients(ranks):
     return assemble([each["history"][0]["gradients"] for each in ranks])[0]
 
 
-@pytest.mark.parametrize("name", ["two, sequence cut", "two shards"])
-def test_bf16_differs_by_roundings_of_sums(name):
-    settings, size, options = LAYOUTS[name]
-    found = compare_layout(settings, size, dtype=torch.bfloat16, steps=1, options=options)
+@pytest.mark.parametrize("name", IN_BF16)
+def test_bf16_differs_by_roundings_of_sums(name, compare):
+    found = compare(TABLE, f"{name}, bf16")
     assert (found["initial"], found["copies"]) == (0.0, 0.0)
     # Shares are rounded to bf16, by at most 2**-9, before they are summed: in each of the two
     # layers' four exchanges forwards and backwards.
@@ -125,18 +138,19 @@ class Messages(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_messages(settings):
-    runtime, topology = tiny_runtime(settings, str(torch.float64), {})
-    with Messages() as messages:
-        runtime.forward_backward(TinyObjective(), rank_batches(topology, 0, 1))
-    return messages.number
+def count_messages():
+    counts = []
+    for further in ({}, RECOMPUTE, SELECTIVE):
+        settings = {**TWO, **WHOLE, **further}
+        runtime, topology = tiny_runtime(settings, str(torch.float64), {})
+        with Messages() as messages:
+            runtime.forward_backward(TinyObjective(), rank_batches(topology, 0, 1))
+        counts.append(messages.number)
+    return counts
 
 
 def test_what_came_from_others_is_not_asked_for_again():
-    counts = []
-    for further in ({}, RECOMPUTE, SELECTIVE):
-        counts.append(run_distributed(count_messages, 2, {**TWO, **WHOLE, **further})[0])
-    plain, recomputed, selective = counts
+    plain, recomputed, selective = run_distributed(count_messages, 2)[0]
     # Each of two layers sums results of attention once more, so that its MLP can run again; those
     # of the MLP, at its end, nothing needs.
     assert (recomputed - plain, selective - plain) == (2, 0)
