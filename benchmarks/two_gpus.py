@@ -11,7 +11,6 @@ tables come last, and are written to `results.md` too.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -24,7 +23,7 @@ def main() -> None:
     if options.device == "cpu":
         # Before anything looks for one.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from several_gpus.bench import Bench
+    from several_gpus.bench import Bench, read_results
     from several_gpus.cases import CASES
     from several_gpus.equality import measure_layouts
     from several_gpus.hang import measure_hangs
@@ -34,6 +33,7 @@ def main() -> None:
     from several_gpus.scaling import measure_scaling
     from several_gpus.struck import measure_struck
 
+    skipped: list[str] = []
     budget = Budget.of(options.budget_seconds)
     file = options.output / "results.json"
     is_forked = options.start == "forked" or (options.start is None and options.device == "cpu")
@@ -51,6 +51,7 @@ def main() -> None:
                 folder=Path(folder),
                 file=file,
                 starter=starter,
+                skipped=skipped,
             )
             if "layouts" in options.parts:
                 measure_layouts(bench, options.layouts)
@@ -62,8 +63,9 @@ def main() -> None:
                 measure_struck(bench, options.struck)
         if "hang" in options.parts:
             devices = ["cpu", "cuda"] if options.device == "cuda" else ["cpu"]
-            measure_hangs(file, budget, options.faults, devices)
-    text = report(json.loads(file.read_text()), sys.argv[1:], options.device)
+            skipped += measure_hangs(file, budget, options.faults, devices)
+    text = report(read_results(file), sys.argv[1:], options.device, skipped)
+    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.md").write_text(text, encoding="utf-8")
     print("\n" + text)
 

@@ -28,6 +28,8 @@ class Bench:
     file: Path
     """Results: kept after each run, and not made again if they are there."""
     starter: Starter
+    skipped: list[str]
+    """What time did not allow."""
 
     @property
     def budget(self) -> Budget:
@@ -79,6 +81,8 @@ class Bench:
         for key, value in (changes or {}).items():
             section, _, setting = key.partition(".")
             content[section][setting] = value
+        # Raises where nothing is left.
+        self.budget.left()
         print(f"{self.case.name}: {folder.parent.name}, {folder.name} ...", flush=True)
         return self.starter.train(content, LAYOUTS[layout].processes)
 
@@ -105,7 +109,7 @@ class Bench:
 
     def results(self) -> dict[str, Any]:
         """Return everything that was kept."""
-        return json.loads(self.file.read_text()) if self.file.exists() else {}
+        return read_results(self.file)
 
     def keep(self, part: str, name: str, result: dict[str, Any]) -> None:
         """Write a result down."""
@@ -128,7 +132,8 @@ class Bench:
         try:
             result = make()
         except OutOfTimeError as error:
-            return {"failed": f"not run: {error}"}
+            self.skipped.append(f"{self.case.name}, {part}, {name}: {error}")
+            return {"failed": str(error)}
         except RunFailedError as error:
             result = {"failed": str(error)}
         self.keep(part, name, result)
@@ -146,6 +151,11 @@ class Bench:
         numbers = self.run(name, "layouts").numbers(self.warmup)
         shutil.rmtree(self.folder / self.case.name / "layouts" / name)
         return numbers
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """Read the file of results; nothing where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def write_results(file: Path, results: dict[str, Any]) -> None:

@@ -1,19 +1,18 @@
 """Part `hang`: the faults of the watchdog's tests in two processes, over NCCL and over gloo."""
 
 import importlib.util
-import json
 import re
 import sys
 import tempfile
 import time
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from several_gpus.bench import write_results
-from several_gpus.runs import Budget, OutOfTimeError, free_port
+from several_gpus.bench import read_results, write_results
+from several_gpus.runs import Budget, OutOfTimeError, free_port, nothing
 from torch import distributed
 
 from lme_parallel.testing import run_until_ended
@@ -28,7 +27,7 @@ _PROCESSES = 2
 _MUTUAL = frozenset({"skipped collective", "wrong shape", "rank-only call"})
 
 
-def measure_hangs(file: Path, budget: Budget, faults: list[str], devices: list[str]) -> None:
+def measure_hangs(file: Path, budget: Budget, faults: list[str], devices: list[str]) -> list[str]:
     """Let each rank commit each fault, and keep what was said.
 
     Args:
@@ -36,18 +35,23 @@ def measure_hangs(file: Path, budget: Budget, faults: list[str], devices: list[s
         budget: Of this script.
         faults: Names in the tests of the watchdog.
         devices: `cpu` before `cuda`, which is compared with it.
+
+    Returns:
+        What time did not allow.
     """
+    skipped = []
     # So that the first does not wait for the server of processes.
     run_until_ended(nothing, 1)
-    for fault in faults:
-        for guilty in range(_PROCESSES):
-            for device in devices:
-                print(f"hang: {fault}, rank {guilty}, {device} ...", flush=True)
-                try:
-                    found = _commit(fault, guilty, device, budget.left())
-                except OutOfTimeError as error:
-                    found = {"failed": f"not run: {error}"}
-                _keep(file, f"{fault}, rank {guilty}, {device}", found)
+    for fault, guilty, device in product(faults, range(_PROCESSES), devices):
+        name = f"{fault}, rank {guilty}, {device}"
+        try:
+            limit = budget.left()
+        except OutOfTimeError as error:
+            skipped.append(f"hang, {name}: {error}")
+            continue
+        print(f"hang: {name} ...", flush=True)
+        _keep(file, name, _commit(fault, guilty, device, limit))
+    return skipped
 
 
 def _commit(fault: str, guilty: int, device: str, limit: float) -> dict[str, Any]:
@@ -78,10 +82,6 @@ def _commit(fault: str, guilty: int, device: str, limit: float) -> dict[str, Any
         "right": is_right and None not in codes,
         "seconds": seconds,
     }
-
-
-def nothing() -> None:
-    """Only start."""
 
 
 def strike(fault: str, guilty: int, folder: str, port: int, device: str) -> None:
@@ -120,8 +120,10 @@ def culprits(sentence: str) -> list[int]:
     return sorted(found)
 
 
-def _scripts() -> ModuleType:
+def _scripts() -> Any:
     specification = importlib.util.spec_from_file_location("watchdog_faults", SCRIPTS)
+    if specification is None or specification.loader is None:
+        raise ValueError(f"{SCRIPTS} cannot be imported")
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
@@ -129,7 +131,7 @@ def _scripts() -> ModuleType:
 
 
 def _keep(file: Path, name: str, found: dict[str, Any]) -> None:
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = read_results(file)
     results.setdefault("hang", {})[name] = found
     write_results(file, results)
 

@@ -10,13 +10,16 @@ from several_gpus import equality, hang, resume, scaling, struck
 from several_gpus.cases import CASES
 
 
-def report(results: dict[str, Any], command: Sequence[str], device: str) -> str:
+def report(
+    results: dict[str, Any], command: Sequence[str], device: str, skipped: Sequence[str]
+) -> str:
     """Write all results down.
 
     Args:
         results: Of this call and those before.
         command: Arguments of this call.
         device: `cuda` or `cpu`.
+        skipped: What this call did not come to.
     """
     where = f"{os.cpu_count()} CPU cores"
     if device == "cuda":
@@ -36,6 +39,8 @@ def report(results: dict[str, Any], command: Sequence[str], device: str) -> str:
             "Of two that disagree about a collective both may be named: nothing tells who is wrong."
             " `as on CPU`: those who are blamed are blamed in the same words.\n"
         )
+    if skipped:
+        said += ["## Not run\n", *(f"- {each}" for each in skipped), ""]
     return "\n".join(said)
 
 

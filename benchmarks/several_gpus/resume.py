@@ -169,9 +169,9 @@ def resume_rows(
             f"{each['save_seconds']:.2f}",
             f"{each['bytes'] / 2**30:.2f}",
         ]
-        apart = [compare(each[when], reference.get("losses", {})) for when in ("before", "after")]
-        if None not in apart:
-            before, after = apart
+        losses = reference.get("losses", {})
+        before, after = (compare(each[when], losses) for when in ("before", "after"))
+        if before is not None and after is not None:
             row += [f"{number:.1e}" for number in (before.largest, after.largest, after.first)]
             if limit is not None:
                 row.append("yes" if max(before.largest, after.largest) <= limit else "NO")

@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,8 @@ class Starter:
         """Load what processes to be forked need; at once, before the first of them."""
         if self.is_forked:
             multiprocessing.set_forkserver_preload(list(_PRELOADED))
-            forkserver.ensure_running()
+            # Its time is not that of the first run.
+            run_until_ended(nothing, 1)
 
     def train(self, content: dict[str, Any], processes: int) -> Run:
         """Train until the end.
@@ -164,6 +164,10 @@ class Starter:
         return all(code == 0 for code in codes)
 
 
+def nothing() -> None:
+    """Only start."""
+
+
 def train_here(file: str, log: str, port: int) -> None:
     """Do in a forked process what one that `lme train --nproc` starts does."""
     from torch import distributed
@@ -176,7 +180,8 @@ def train_here(file: str, log: str, port: int) -> None:
     with Path(log).open("a", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)
+    # A file is not written line by line by itself.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     if size > 1:
         os.environ |= {
             "RANK": str(rank),

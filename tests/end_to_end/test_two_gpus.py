@@ -19,6 +19,7 @@ def scripts(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_layouts_and_moved_runs_are_compared_with_one_process(scripts, monkeypatch, tmp_path):
     words = "--tiny --device cpu --dtype fp32 --steps 4 --resume-steps 4 --parts layouts resume"
     chosen = "--layouts one-half-batches fsdp2 tp --ways two-one"
