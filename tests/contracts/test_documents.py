@@ -1,9 +1,9 @@
 """Every YAML block and every command in the documents is one that works."""
 
+import os
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lme_cli.app import app
+from lme_parallel.testing import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("packages/*/README.md"), *ROOT.glob("docs/**/*.md")]
@@ -24,15 +25,28 @@ def blocks(language):
             yield pytest.param(match[1], id=f"{document.relative_to(ROOT)}-{number}")
 
 
-def lme(*arguments, cwd=None, timeout=240):
-    command = [sys.executable, "-m", "lme_cli", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
-    )
+@pytest.fixture
+def lme(tmp_path, monkeypatch, capsys):
+    """Run `lme` in a folder, in this process: a new one for each command would import torch."""
+    from lme_cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["lme", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code or 0
+        shown = capsys.readouterr()
+        assert code == 0, f"lme {shlex.join(words)}\n{shown.out}{shown.err}"
+
+    return run
 
 
 def check_run_file(file, *options):
-    """In this process: a new one for each file would import torch each time."""
+    """In this process, as above."""
     result = CliRunner().invoke(app, ["config", "check", str(file), *options])
     assert result.exit_code == 0, result.output
 
@@ -59,19 +73,17 @@ def scripts():
             yield pytest.param("\n".join(found), id=str(document.relative_to(ROOT)))
 
 
+def run_script(file):
+    os.chdir(Path(file).parent)
+    runpy.run_path(file, run_name="__main__")
+
+
 @pytest.mark.parametrize("text", list(scripts()))
 def test_the_python_blocks_of_a_document_run_in_their_order(text, tmp_path):
+    """In a process of their own, which has torch loaded already."""
     file = tmp_path / "script.py"
     file.write_text(text)
-    result = subprocess.run(
-        [sys.executable, str(file)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_distributed(run_script, 1, str(file))
 
 
 # Commands that install or start the tests are not run from within a test; the default run is
@@ -87,13 +99,13 @@ def readme_commands():
     return [line for line in text.splitlines() if line and not line.startswith(_NOT_RUN)]
 
 
-def test_the_readme_commands_run_in_their_order(tmp_path):
+def test_the_readme_commands_run_in_their_order(tmp_path, lme):
     """In one folder, with the README's own run file shrunk to what a test can train."""
     text = (ROOT / "README.md").read_text()
     run = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```", text, re.M | re.S)[1])
     _shrink(run)
     (tmp_path / "run.yml").write_text(yaml.safe_dump(run))
-    _tokenize(tmp_path)
+    _tokenize(tmp_path, lme)
     short = ["--set", "training_parameters.num_training_steps=4"]
     for command in readme_commands():
         words = shlex.split(command)
@@ -103,8 +115,7 @@ def test_the_readme_commands_run_in_their_order(tmp_path):
         words = words[1:]
         if words == ["train"]:
             words += [*short, "--set", "training_parameters.eval_interval=2"]
-        result = lme(*words, cwd=tmp_path)
-        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+        lme(*words)
 
 
 def _shrink(run):
@@ -122,7 +133,7 @@ def _shrink(run):
     run["mixed_precision_args"]["dtype"] = "fp32"
 
 
-def _tokenize(folder):
+def _tokenize(folder, lme):
     """The token files and tokenizer that the README's run file names."""
     tokenizers = pytest.importorskip("tokenizers")
     texts = [path.read_text() for path in sorted(ROOT.glob("docs/**/*.md"))] * 4
@@ -134,8 +145,7 @@ def _tokenize(folder):
     for number, text in enumerate(texts):
         (folder / "text" / f"{number}.txt").write_text(text)
     for split in ("train", "val"):
-        result = lme(
-            "data", "tokenize", "text", "--tokenizer", "data/tokenizer.json",
-            "--output-prefix", f"data/{split}", cwd=folder,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
+        lme(
+            *("data", "tokenize", "text", "--tokenizer", "data/tokenizer.json"),
+            *("--output-prefix", f"data/{split}"),
+        )
