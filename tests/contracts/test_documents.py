@@ -114,7 +114,7 @@ def test_the_readme_commands_run_in_their_order(tmp_path, lme):
         assert words[0] == "lme", command
         words = words[1:]
         if words == ["train"]:
-            words += [*short, "--set", "training_parameters.eval_interval=2"]
+            words += [*short, "--set", "training_parameters.eval_interval=4"]
         lme(*words)
 
 
@@ -127,9 +127,9 @@ def _shrink(run):
     run["training_parameters"] |= {
         "num_training_steps": 4,
         "micro_batch_size": 2,
-        "eval_interval": 2,
+        "eval_interval": 4,
     }
-    run["datasets"][0]["class_args"]["sequence_length"] = 64
+    run["datasets"][0]["class_args"] |= {"sequence_length": 64, "eval_steps": 2}
     run["mixed_precision_args"]["dtype"] = "fp32"
 
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from lme_cli.app import main
 from lme_cli.evaluation import evaluate_checkpoint
 from lme_data.writer import IndexedWriter
 from lme_parallel.testing import run_distributed
@@ -250,9 +251,15 @@ def test_the_first_process_that_fails_ends_all_and_is_named(corpora, tmp_path):
     assert "metrics.jsonl" in done.stderr.splitlines()[-1]
 
 
-def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(corpora, tmp_path):
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(
+    corpora, tmp_path, monkeypatch, capsys
+):
     file = write_run(tmp_path, corpora, "run", {"tensor_parallel_world_size": 4})
-    done = command("-m", "lme_cli", "train", file, "--nproc", 2)
-    assert done.returncode == 2
-    assert "does not fit 2 processes" in done.stderr
-    assert "[rank" not in done.stderr
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr("sys.argv", ["lme", "train", str(file), "--nproc", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert "does not fit 2 processes" in shown.err
+    assert "[rank" not in shown.err

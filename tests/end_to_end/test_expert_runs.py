@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 
 from lme_data.writer import IndexedWriter
 from lme_parallel.checkpoint.unshard import iterate_tensors
-from lme_parallel.testing import kill_this_process, run_killed
+from lme_parallel.testing import kill_this_process, run_distributed, run_killed
 
 STEPS = 6
 RUN = """
@@ -81,6 +79,15 @@ class Killer:
 
 def train(file, kill_step):
     """In a process of its own: train as the command does, and perhaps die after a step."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        os.environ |= {
+            "RANK": str(distributed.get_rank()),
+            "LOCAL_RANK": str(distributed.get_rank()),
+            "WORLD_SIZE": str(distributed.get_world_size()),
+            "MASTER_ADDR": "127.0.0.1",
+        }
     from lme_cli.compose import compose
     from lme_cli.loading import load_run
     from lme_cli.planning import make_plan
@@ -151,24 +158,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(corpus, tmp_path):
     assert all(each.abs().max() > 0.005 for each in biases)
 
 
-def command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "lme_cli", "train", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_the_command_trains_over_processes_as_in_one(corpus, tmp_path):
+def test_a_run_trains_over_processes_as_in_one(corpus, tmp_path):
     settings = {"expert_parallel_world_size": 2, "stage": 3}
     one = write_run(tmp_path, corpus, "one", optimizer="TorchSGD")
     two = write_run(tmp_path, corpus, "two", settings, optimizer="TorchSGD")
     assert not run_killed(train, one, None)
-    done = command(two, "--nproc", 2)
-    assert done.returncode == 0, done.stderr
+    run_distributed(train, 2, two, None)
     # fp32 over six steps, summed in another order.
     assert columns(tmp_path / "two") == pytest.approx(columns(tmp_path / "one"), rel=1e-5)
     ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
