@@ -6,9 +6,10 @@ token mostly follows from the one before; one Markdown row each. `--models` choo
 """
 
 import argparse
-import gc
+import os
 import statistics
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -151,20 +152,32 @@ def main():
         "| loss, last 5 |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    batches = language(options, torch.device("cpu"))
-    prepared = [
-        {name: each.to(options.device) for name, each in next(batches).items()}
-        for _ in range(options.steps)
-    ]
     for name in options.models:
-        try:
-            print(train(name, options, prepared), flush=True)
-        except RuntimeError as error:
-            print(f"| {name} | failed: {str(error)[:200]} | | | | | | | |", flush=True)
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        # Before this process has touched a GPU: a kernel that faults takes one model with it only.
+        child = os.fork()
+        if child == 0:
+            os._exit(report(name, options))
+        if os.waitpid(child, 0)[1] != 0:
+            print(f"| {name} | failed, see above | | | | | | | |", flush=True)
+
+
+def report(name: str, options: argparse.Namespace) -> int:
+    """Train a model and print its row.
+
+    Returns:
+        Status of its process.
+    """
+    try:
+        batches = language(options, torch.device("cpu"))
+        prepared = [
+            {name: each.to(options.device) for name, each in next(batches).items()}
+            for _ in range(options.steps)
+        ]
+        print(train(name, options, prepared), flush=True)
+    except RuntimeError:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

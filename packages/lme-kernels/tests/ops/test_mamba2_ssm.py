@@ -158,6 +158,13 @@ def test_heads_of_models_match_float64(groups, lengths):
     check("triton", torch.bfloat16, packed, (32, 64, groups, 128), lengths)
 
 
+# Widths that fill no block, as of a 400 M model, where sequences and heads suffice for a walk.
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "width", "S"), [(64, 19, 512), (32, 64, 2048)])
+def test_wide_states_of_many_heads_match_float64(N, width, S):
+    check("triton", torch.bfloat16, False, (N, width, 1, 216), [S, S])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 128])
 def test_walks_of_many_chunks_give_the_same_bits_each_time(width):

@@ -18,6 +18,7 @@ from lme_parallel.checkpoint.documents import Json, encode
 from lme_parallel.checkpoint.errors import CheckpointError, CheckpointMismatchError
 from lme_parallel.checkpoint.layout import STATE_NAME, checkpoint_directory
 from lme_parallel.checkpoint.optimizer_state import merge_other_states, other_state
+from lme_parallel.checkpoint.priority import go_behind_training
 from lme_parallel.checkpoint.reader import Checkpoint, has_committed, valid_checkpoints
 from lme_parallel.checkpoint.restorer import (
     Stateful,
@@ -361,6 +362,7 @@ class Checkpointer:
 
     def _write_in_background(self, snapshot: Snapshot, started: float) -> None:
         try:
+            go_behind_training()
             self._write(snapshot, started)
         except BaseException as error:  # surfaces in `wait`
             self._failure = error

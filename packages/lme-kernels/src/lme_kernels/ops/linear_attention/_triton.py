@@ -157,7 +157,7 @@ def _forward(query, key, value, log_decay, factor, skip, initial, cu_seqlens, sc
     sizes = (query.dtype, K, V, sequences * N, query.shape[-3])
     # Packed sequences may be as uneven as they like, and the longest would be walked alone.
     channels = log_decay is not None and log_decay.ndim == query.ndim
-    walk = cu_seqlens is None and not channels and walks(sequences * N, V)
+    walk = cu_seqlens is None and not channels and walks(sequences * N, query.shape[-1], V)
     settings = chunk_settings("walk" if walk else "outputs", *sizes, channels=channels)
     slots = Slots.of(query, cu_seqlens, settings.chunk)
     scores = None

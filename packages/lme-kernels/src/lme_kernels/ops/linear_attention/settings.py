@@ -13,6 +13,8 @@ from lme_kernels._triton_chunks import block_of
 
 # Programs below which walking a sequence in one go leaves a GPU idle.
 WALKING_PROGRAMS = 96
+# Channels of a key above which sequences are never walked in one go.
+WALKED_KEYS = 128
 # Bytes that a program may have on the smallest GPU that the kernels are made for.
 SHARED_BYTES = 200 * 1024
 
@@ -76,7 +78,7 @@ def chunk_settings(
         block = min(value, 64 if rows * (value // min(value, 64)) >= WALKING_PROGRAMS else 32)
         if exact or key > 128:
             block = min(block, 32)
-        return ChunkSettings(chunk, key, block, 8 if key > 128 or exact else 4, 1 if exact else 2)
+        return ChunkSettings(chunk, key, block, 8 if exact else 4, 1 if exact else 2)
     if kernel == "states":
         # Four programs to a multiprocessor, which hide each other's steps.
         stages = 1 if exact else 3
@@ -133,17 +135,19 @@ def chunk_candidates(kernel: str, dtype: torch.dtype, K: int, V: int) -> list[Ch
     return found
 
 
-def walks(rows: int, V: int) -> bool:
+def walks(rows: int, K: int, V: int) -> bool:
     """Whether one kernel walks whole sequences and writes outputs, because programs suffice.
 
     Args:
         rows: Sequences times heads.
+        K: Channels of a key.
         V: Channels of a value.
     """
     fixed = FIXED.get()
     if "walk" in fixed or "outputs" in fixed:
         return "walk" in fixed
-    return rows * (block_of(V) // min(block_of(V), 32)) >= WALKING_PROGRAMS
+    # With wider keys, which take eight warps, this kernel faulted on an H100.
+    return K <= WALKED_KEYS and rows * (block_of(V) // min(block_of(V), 32)) >= WALKING_PROGRAMS
 
 
 @contextmanager
