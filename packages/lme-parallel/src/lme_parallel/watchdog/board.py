@@ -97,6 +97,29 @@ def absence(last: Snapshot | None, host: str) -> Absence | None:
     return "stopped" if status == "stopped" else None
 
 
+def absences(seen: Mapping[int, Snapshot], own: Snapshot, world_size: int) -> dict[int, Absence]:
+    """Guess, without the store, who does not answer.
+
+    Args:
+        seen: Last report of each other process, as far as there were any.
+        own: What this process is.
+        world_size: Number of processes.
+
+    Returns:
+        Those of this host that do not run; if all run, those that never reported; if all did, the
+        first one, which has the store, unless that is this one.
+    """
+    found: dict[int, Absence] = {}
+    for rank, each in seen.items():
+        why = absence(each, own.host) if each.host == own.host else None
+        if why is not None and each.state != "left":
+            found[rank] = why
+    if found:
+        return found
+    never = sorted(set(range(world_size)) - {*seen, own.rank})
+    return dict.fromkeys(never or [0] * bool(own.rank), "silent")
+
+
 def end_absent(reports: Mapping[int, Snapshot], absent: Iterable[int], host: str) -> None:
     """Kill the processes of this host that do not answer: they cannot end themselves.
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from lme_parallel.failures import report_failure
-from lme_parallel.watchdog.board import Board, absence, end_absent
+from lme_parallel.watchdog.board import Board, absence, absences, end_absent
 from lme_parallel.watchdog.snapshot import (
     A_COLLECTIVE,
     Snapshot,
@@ -277,14 +277,7 @@ class Watchdog:
 
     def _judge_alone(self) -> None:
         """Say what is known here: the store is lost, and with it the answers of the others."""
-        here = {rank: each for rank, each in self._seen.items() if each.host == self._me.host}
-        absent: dict[int, Absence] = {}
-        for rank, each in here.items():
-            why = absence(each, self._me.host)
-            if why is not None and each.state != "left":
-                absent[rank] = why
-        if not absent and self._rank:
-            absent[0] = "silent"
+        absent = absences(self._seen, self._me, self._world_size)
         snapshots = {**self._seen, self._rank: self._in_detail()}
         sentence = self._with_stacks(judge(snapshots, absent).sentence)
         self._announce(sentence)
