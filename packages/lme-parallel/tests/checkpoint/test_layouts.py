@@ -111,24 +111,78 @@ def run_train(arguments, options):
     return train(*arguments, **options)
 
 
+def run_all(plans):
+    """What each process has at the end of each plan; those of as many processes share a group.
+
+    Args:
+        plans: By name: layout, folder, steps, further options of `train`.
+    """
+    found = {}
+    for size in sorted({layout[1] for layout, *_ in plans.values()}):
+        calls = {
+            name: ((layout[0], str(folder), steps), options)
+            for name, (layout, folder, steps, options) in plans.items()
+            if layout[1] == size
+        }
+        if size == 1:
+            ranks = [train_all(calls)]
+        else:
+            ranks = run_distributed(train_all, size, calls, timeout_seconds=400)
+        found |= {name: [each[name] for each in ranks] for name in calls}
+    return found
+
+
+def train_all(calls):
+    return {name: run_train(*call) for name, call in calls.items()}
+
+
 @pytest.fixture(scope="module")
 def straight(fast_root):
     """The run that was never stopped, in one process."""
-    ranks = run(SINGLE, fast_root / "straight-layouts", 4)
+    ranks = run(SINGLE, fast_root / "straight-layouts", 3)
     return assemble([each["final"] for each in ranks])[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_run_goes_on_in_every_other_layout(name, fast_path, straight):
-    is_async = name.startswith("stage 3")
-    saved = run(LAYOUTS[name], fast_path / "run", 2, save_at=(1, 2), is_async=is_async)
-    expected, is_same = assemble([each["final"] for each in saved])
-    assert is_same
-    # Each to the next, and all to one process.
+@pytest.fixture(scope="module")
+def saved(fast_root):
+    """Each layout's own two steps, saved one by one."""
+    return run_all(
+        {
+            name: (
+                layout,
+                fast_root / "saved" / name,
+                2,
+                {"save_at": (1, 2), "is_async": name.startswith("stage 3")},
+            )
+            for name, layout in LAYOUTS.items()
+        }
+    )
+
+
+def others(name):
+    """Each goes to the next, and all to one process."""
     names = list(LAYOUTS)
-    following = names[(names.index(name) + 1) % len(names)]
-    for other in {following, "single"}:
-        ranks = run(LAYOUTS[other], fast_path / "run", 4)
+    return {names[(names.index(name) + 1) % len(names)], "single"}
+
+
+@pytest.fixture(scope="module")
+def continued(fast_root, saved):
+    """What was saved, in other layouts for a step more: it needs all that an optimizer holds."""
+    return run_all(
+        {
+            f"{name} to {other}": (LAYOUTS[other], fast_root / "saved" / name, 3, {})
+            for name in saved
+            for other in others(name)
+        }
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_goes_on_in_every_other_layout(name, saved, continued, straight):
+    expected, is_same = assemble([each["final"] for each in saved[name]])
+    assert is_same
+    for other in others(name):
+        ranks = continued[f"{name} to {other}"]
         restored, is_same = assemble([each["restored"] for each in ranks])
         assert is_same
         assert all(torch.equal(restored[each], expected[each]) for each in expected)

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 from torch.distributed import FileStore, TCPStore
 
-from lme_parallel.testing import run_until_ended
+from lme_parallel.testing import run_groups_until_ended, run_until_ended
 from lme_parallel.watchdog.watchdog import Watchdog
 
 SECONDS = 1.0
@@ -188,14 +188,23 @@ EXPECTED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Exit codes and folder of a group for each fault: they wait for the limit, a few at once."""
+    folders, calls = {}, []
+    for fault, guilty, _ in EXPECTED:
+        folders[fault, guilty] = folder = tmp_path_factory.mktemp("fault")
+        kind = "file" if fault == "busy optimizer" else str(free_port())
+        calls.append((fault, guilty, str(folder), kind))
+    codes = run_groups_until_ended(train, 4, calls, at_once=3, timeout_seconds=15.0)
+    return {key: (code, folders[key]) for key, code in zip(folders, codes, strict=True)}
+
+
 @pytest.mark.parametrize(("fault", "guilty", "expected"), EXPECTED)
-def test_the_guilty_rank_is_named(fault, guilty, expected, tmp_path):
-    kind = "file" if fault == "busy optimizer" else str(free_port())
-    started = time.monotonic()
-    codes = run_until_ended(train, 4, fault, guilty, str(tmp_path), kind, timeout_seconds=15.0)
-    seconds = time.monotonic() - started
-    said = [file.read_text() for file in sorted(tmp_path.glob("said-*"))]
-    print(codes, f"{seconds:.1f} s", *said, sep="\n")
+def test_the_guilty_rank_is_named(fault, guilty, expected, ends):
+    codes, folder = ends[fault, guilty]
+    said = [file.read_text() for file in sorted(folder.glob("said-*"))]
+    print(codes, *said, sep="\n")
     assert len(said) == 1, said
     (sentence,) = said
     assert re.match(expected, sentence), sentence
