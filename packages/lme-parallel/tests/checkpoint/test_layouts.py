@@ -139,7 +139,7 @@ def train_all(calls):
 @pytest.fixture(scope="module")
 def straight(fast_root):
     """The run that was never stopped, in one process."""
-    ranks = run(SINGLE, fast_root / "straight-layouts", 3)
+    ranks = run(SINGLE, fast_root / "straight-layouts", 4)
     return assemble([each["final"] for each in ranks])[0]
 
 
@@ -167,10 +167,10 @@ def others(name):
 
 @pytest.fixture(scope="module")
 def continued(fast_root, saved):
-    """What was saved, in other layouts for a step more: it needs all that an optimizer holds."""
+    """What was saved, in other layouts for two more steps."""
     return run_all(
         {
-            f"{name} to {other}": (LAYOUTS[other], fast_root / "saved" / name, 3, {})
+            f"{name} to {other}": (LAYOUTS[other], fast_root / "saved" / name, 4, {})
             for name in saved
             for other in others(name)
         }
