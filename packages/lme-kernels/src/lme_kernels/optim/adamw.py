@@ -18,6 +18,8 @@ ADAMW = Op(
     name="adamw",
     reference=reference.adamw,
     implementations={Backend.TRITON: "lme_kernels.optim._triton_adamw"},
+    # Proven, but not yet measured beside the fused update of torch.
+    manual=frozenset({Backend.TRITON}),
 )
 
 # Entries of a parameter's state that are means.
