@@ -233,7 +233,7 @@ def show(launch, last, *, look_for_spills=False):
     )
 
 
-def main(architecture):
+def main(architecture, part="all"):
     triton.runtime.driver.set_active(AbsentDevice(target_of(architecture)))
     covered, seen = {}, set()
     for launch in listed(launch_all):
@@ -245,8 +245,12 @@ def main(architecture):
             seen.add(key)
             look_for_spills = "gated_delta_rule" in launch.kernel.fn.__module__
             last = "binary" if look_for_spills or launch.kernel not in covered else "shared"
+            if part == "models":
+                look_for_spills, last = False, "shared"
             cover(covered, launch, last)
             show(launch, last, look_for_spills=look_for_spills)
+    if part == "models":
+        return
     launches = []
     for op in ALL_OPS.values():
         if "triton" in op.implementations:

@@ -15,20 +15,25 @@ from lme_kernels.functional import ALL_OPS
 SHARED_BYTES = 227 * 1024
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.slow
-def test_every_kernel_of_every_op_compiles_and_fits_a_gpu(tmp_path):
+def compiled(folder, *arguments):
+    """What `compile_triton.py` prints, line by line and word by word."""
     script = Path(__file__).with_name("compile_triton.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
     result = subprocess.run(
-        [sys.executable, str(script), "cuda:90"],
+        [sys.executable, str(script), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    lines = [line.split() for line in result.stdout.splitlines()]
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
+def test_every_kernel_of_every_op_compiles_and_fits_a_gpu(tmp_path):
+    lines = compiled(tmp_path, "cuda:90")
     launched = {name: kernels for kind, name, *kernels in lines if kind == "op"}
     assert set(launched) == {op.name for op in ALL_OPS.values() if "triton" in op.implementations}
     assert all(len(kernels) >= 1 for kernels in launched.values())
@@ -41,6 +46,18 @@ def test_every_kernel_of_every_op_compiles_and_fits_a_gpu(tmp_path):
         # A few words are spilled and read back outside of loops at most; heads of 256 are slow.
         assert int(spilled) <= (32 if int(size) <= 128 else 1024), (name, size)
         assert int(races) <= 0, (name, size)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
+def test_chunked_recurrences_take_what_they_say_on_gpus_before_hopper(tmp_path):
+    from lme_kernels._triton_chunks import shared_bytes
+
+    lines = compiled(tmp_path, "cuda:80", "models")
+    found = [(int(size), int(shared)) for _, _, _, size, shared, *_ in lines]
+    assert max(size for size, _ in found) == 256
+    for size, shared in found:
+        assert shared <= shared_bytes(size), (size, shared)
 
 
 LOOP = """

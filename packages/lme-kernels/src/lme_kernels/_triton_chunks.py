@@ -61,6 +61,17 @@ def block_of(channels: int) -> int:
     return max(16, next_power_of_two(channels))
 
 
+def shared_bytes(K: int) -> int:
+    """Shared memory that a program takes at most on a GPU before Hopper, or without its units.
+
+    Programs for Hopper take up to 220 KiB, which it has.
+
+    Args:
+        K: Channels of a key.
+    """
+    return (80 if block_of(K) <= 128 else 108) * 1024
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies numbers of `dtype`: float32 without rounding them first."""
     return "ieee" if dtype == torch.float32 else "tf32"

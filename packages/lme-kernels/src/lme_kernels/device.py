@@ -104,3 +104,26 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype not in TRITON_DTYPES:
             return f"{tensor.dtype} is not among float32, float16 and bfloat16"
     return None
+
+
+def why_not_shared(x: Tensor, needed: int) -> str | None:
+    """Say why programs that take so much shared memory cannot run where a tensor is.
+
+    Args:
+        x: An input of theirs.
+        needed: Bytes a program.
+
+    Returns:
+        The reason in words, or `None` if they fit, or are interpreted.
+    """
+    if not x.is_cuda:
+        return None
+    device = torch.cuda.get_device_properties(x.device)
+    # AMD's devices have one limit.
+    most = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+    if most >= needed:
+        return None
+    return (
+        f"its programs take {needed // 1024} KiB of shared memory, and {device.name} has "
+        f"{most // 1024}"
+    )

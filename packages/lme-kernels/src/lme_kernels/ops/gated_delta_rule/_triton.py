@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lme_kernels._triton_chunks import Slots, as_tokens, block_of, precision_of, sum_groups
+from lme_kernels._triton_chunks import (
+    Slots,
+    as_tokens,
+    block_of,
+    precision_of,
+    shared_bytes,
+    sum_groups,
+)
 from lme_kernels.custom_ops import define
-from lme_kernels.device import why_not_triton
+from lme_kernels.device import why_not_shared, why_not_triton
 from lme_kernels.ops.gated_delta_rule._triton_inputs import inputs_kernel
 from lme_kernels.ops.gated_delta_rule._triton_system import VECTORS, prepare_kernel
 from lme_kernels.ops.gated_delta_rule._triton_walk import backward_kernel, forward_kernel
@@ -40,7 +47,7 @@ def why_not(
     most = MAX_CHANNELS_FLOAT32 if query.dtype == torch.float32 else MAX_CHANNELS
     if not (1 <= K <= most and 1 <= V <= most):
         return f"heads have {K} and {V} channels, and in this dtype it takes from 1 to {most}"
-    return None
+    return why_not_shared(query, shared_bytes(K))
 
 
 def gated_delta_rule(

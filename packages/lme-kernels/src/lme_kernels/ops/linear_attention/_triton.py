@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lme_kernels._triton_chunks import Slots, sum_groups
+from lme_kernels._triton_chunks import Slots, shared_bytes, sum_groups
 from lme_kernels.custom_ops import define
-from lme_kernels.device import why_not_triton
+from lme_kernels.device import why_not_shared, why_not_triton
 from lme_kernels.ops.linear_attention._triton_channels import add_channel_gradients, channel_scores
 from lme_kernels.ops.linear_attention._triton_gradients import write_gradients
 from lme_kernels.ops.linear_attention._triton_outputs import walk_outputs, write_outputs
@@ -47,7 +47,7 @@ def why_not_channels(query: Tensor, value: Tensor, *others: Tensor | None) -> st
     most = MAX_CHANNELS_FLOAT32 if query.dtype == torch.float32 else MAX_CHANNELS
     if not (1 <= K <= most and 1 <= V <= most):
         return f"heads have {K} and {V} channels, and in this dtype it takes from 1 to {most}"
-    return None
+    return why_not_shared(query, shared_bytes(K))
 
 
 def linear_attention(
