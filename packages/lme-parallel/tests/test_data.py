@@ -75,7 +75,10 @@ def gradient_elements(runtime, blocks):
     found = {}
     for module in blocks.modules():
         if hasattr(module, "_get_fsdp_state"):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            state = module._get_fsdp_state()
+            # Before torch 2.15 a module has one group.
+            groups = getattr(state, "_fsdp_param_groups", None)
+            for group in [state._fsdp_param_group] if groups is None else groups:
                 for each in group.fsdp_params:
                     unsharded = getattr(each, "_unsharded_param", None)
                     for grad in (

@@ -95,7 +95,8 @@ def silent(x: Tensor) -> Tensor:
     return _Pair.apply(x, torch.zeros_like, _same)
 
 
-@dataclass(frozen=True, slots=True)
+# Compared as objects: Dynamo of torch before 2.15 asks for a hash before there are values.
+@dataclass(frozen=True, slots=True, eq=False)
 class _Along:
     group: Group
     method: str
@@ -111,7 +112,7 @@ class _Along:
                 return self.group.part(x, self.dim).contiguous()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Divided:
     size: int
 
@@ -119,7 +120,7 @@ class _Divided:
         return x / self.size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Averaged:
     group: Group
 
