@@ -19,6 +19,8 @@ from lme_parallel.watchdog.watchdog import Watchdog
 
 SECONDS = 1.0
 GUILTY_STEP = 2
+# Whether torch keeps a record of what was called over gloo.
+RECORDS_GLOO = tuple(int(each) for each in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
 def free_port():
@@ -207,6 +209,9 @@ def test_the_guilty_rank_is_named(fault, guilty, expected, ends):
     print(codes, *said, sep="\n")
     assert len(said) == 1, said
     (sentence,) = said
+    if "where the others called" in expected and not RECORDS_GLOO:
+        # Who is named is the same, not what it called.
+        expected = rf"rank {guilty} has been in "
     assert re.match(expected, sentence), sentence
     assert None not in codes
     assert all(code != 0 for rank, code in enumerate(codes) if rank != guilty)
