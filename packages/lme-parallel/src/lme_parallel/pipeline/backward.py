@@ -20,6 +20,9 @@ class Pass:
     """This stage's own share of the loss, 0-d: all of it, or auxiliary losses of its layers."""
     weights: Any = field(default=None)  # torch's
     """Where the gradients of parameters start, once those of inputs are there."""
+    graph: Any = field(default=None)  # torch's
+    """Keeps the nodes of that graph: before torch 2.15 those of an `autograd.Function` are lost with
+    the nodes that read from them, whoever else still holds them."""
 
     def root(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return a number whose backward pass is that of the stage.
@@ -74,6 +77,9 @@ def backward_input(kept: Pass, root: Tensor, parameters: Sequence[nn.Parameter])
 
     # Torch 2.9 refuses inputs that nothing read.
     read = _leaves_below(root)
+    # A node of torch's own, which owns what is below it.
+    root = root.clone()
+    kept.graph = root.grad_fn
     inputs = [each for each in kept.inputs if each.requires_grad and id(each) in read]
     _, kept.weights = stage_backward_input(
         [root], [torch.ones_like(root)], inputs, iter(parameters)
@@ -98,7 +104,7 @@ class WeightsPass:
         for each in self.parameters:
             each.grad = None
         stage_backward_weight(iter(self.parameters), self.kept.weights)
-        self.kept.weights = None
+        self.kept.weights = self.kept.graph = None
         found = [each.grad for each in self.parameters]
         for each, gradient in zip(self.parameters, before, strict=True):
             each.grad = gradient
