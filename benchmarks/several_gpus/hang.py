@@ -1,8 +1,6 @@
 """Part `hang`: the faults of the watchdog's tests in two processes, over NCCL and over gloo."""
 
-import importlib.util
 import re
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -15,7 +13,7 @@ from several_gpus.bench import read_results, write_results
 from several_gpus.runs import Budget, OutOfTimeError, free_port, nothing
 from torch import distributed
 
-from lme_parallel.testing import run_until_ended
+from lme_parallel.testing import load_source, run_until_ended
 
 SCRIPTS = (
     Path(__file__).resolve().parents[2] / "packages/lme-parallel/tests/watchdog/test_faults.py"
@@ -86,7 +84,7 @@ def _commit(fault: str, guilty: int, device: str, limit: float) -> dict[str, Any
 
 def strike(fault: str, guilty: int, folder: str, port: int, device: str) -> None:
     """Run the tests' script in one of the processes."""
-    scripts = _scripts()
+    scripts = load_source(str(SCRIPTS))
     if device == "cuda":
         # What a first call of anything takes.
         scripts.SECONDS = 3.0
@@ -118,16 +116,6 @@ def culprits(sentence: str) -> list[int]:
         if blamed:
             found.append(int(blamed[1]))
     return sorted(found)
-
-
-def _scripts() -> Any:
-    specification = importlib.util.spec_from_file_location("watchdog_faults", SCRIPTS)
-    if specification is None or specification.loader is None:
-        raise ValueError(f"{SCRIPTS} cannot be imported")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def _keep(file: Path, name: str, found: dict[str, Any]) -> None:

@@ -86,15 +86,7 @@ class Stopper:
 def train(file, stop_at=None):
     """Train in the group that is there, as the command would in the same processes."""
     import torch
-    from torch import distributed
 
-    if distributed.is_initialized():
-        os.environ |= {
-            "RANK": str(distributed.get_rank()),
-            "LOCAL_RANK": str(distributed.get_rank()),
-            "WORLD_SIZE": str(distributed.get_world_size()),
-            "MASTER_ADDR": "127.0.0.1",
-        }
     from lme_cli.compose import compose
     from lme_cli.loading import load_run
     from lme_cli.planning import make_plan

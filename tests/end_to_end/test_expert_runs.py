@@ -1,7 +1,6 @@
 """Runs of mixtures of experts: over processes, and killed and started again."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -79,15 +78,7 @@ class Killer:
 
 def train(file, kill_step):
     """In a process of its own: train as the command does, and perhaps die after a step."""
-    from torch import distributed
 
-    if distributed.is_initialized():
-        os.environ |= {
-            "RANK": str(distributed.get_rank()),
-            "LOCAL_RANK": str(distributed.get_rank()),
-            "WORLD_SIZE": str(distributed.get_world_size()),
-            "MASTER_ADDR": "127.0.0.1",
-        }
     from lme_cli.compose import compose
     from lme_cli.loading import load_run
     from lme_cli.planning import make_plan

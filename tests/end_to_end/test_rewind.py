@@ -1,7 +1,6 @@
 """After a bad step a run goes back to its checkpoint and goes on behind the bad batch."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -94,15 +93,7 @@ def poison(plan, bad, rank):
 
 def train(file, bad=(), rank=0, stop_at=None, skip_to=None):
     """Train in the group that is there, as the command would in the same processes."""
-    from torch import distributed
 
-    if distributed.is_initialized():
-        os.environ |= {
-            "RANK": str(distributed.get_rank()),
-            "LOCAL_RANK": str(distributed.get_rank()),
-            "WORLD_SIZE": str(distributed.get_world_size()),
-            "MASTER_ADDR": "127.0.0.1",
-        }
     from lme_cli.compose import compose
     from lme_cli.loading import load_run
     from lme_cli.planning import make_plan

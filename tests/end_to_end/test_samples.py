@@ -1,7 +1,6 @@
 """What is left of an epoch is trained on once each, however many ranks go on with it."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -40,15 +39,7 @@ save_args: {{save_path: {run}, save_interval: 3}}
 
 def train(file, stop_at=None):
     """Train in the group that is there; return the rows that this process trained on."""
-    from torch import distributed
 
-    if distributed.is_initialized():
-        os.environ |= {
-            "RANK": str(distributed.get_rank()),
-            "LOCAL_RANK": str(distributed.get_rank()),
-            "WORLD_SIZE": str(distributed.get_world_size()),
-            "MASTER_ADDR": "127.0.0.1",
-        }
     from lme_cli.compose import compose
     from lme_cli.loading import load_run
     from lme_cli.planning import make_plan

@@ -51,12 +51,6 @@ def train(file, kill_switch_at=None, signal_at=None):
     """Train as the command would in the processes of this group; return how it ended."""
     from torch import distributed
 
-    os.environ |= {
-        "RANK": str(distributed.get_rank()) if distributed.is_initialized() else "0",
-        "LOCAL_RANK": str(distributed.get_rank()) if distributed.is_initialized() else "0",
-        "WORLD_SIZE": str(distributed.get_world_size()) if distributed.is_initialized() else "1",
-        "MASTER_ADDR": "127.0.0.1",
-    }
     from lme_cli.compose import compose
     from lme_cli.loading import load_run
     from lme_cli.planning import make_plan

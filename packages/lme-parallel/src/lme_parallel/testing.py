@@ -221,6 +221,13 @@ def _enter(
         if device_type == "cuda":
             torch.cuda.set_device(rank)
         if world_size > 1:
+            # As a launcher would: code that asks for its rank finds the same one.
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+            }
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 init_method=f"file://{folder}/rendezvous",
@@ -228,7 +235,7 @@ def _enter(
                 world_size=world_size,
                 timeout=timedelta(seconds=60),
             )
-        result = _load(source, name)(*args)
+        result = getattr(load_source(source), name)(*args)
         write_result(Path(folder) / f"result-{rank}", result)
         if world_size > 1:
             distributed.barrier()
@@ -242,15 +249,24 @@ def _enter(
     os._exit(code)
 
 
-def _load(source: str, name: str) -> Callable[..., Any]:
-    specification = importlib.util.spec_from_file_location("lme_parallel_test_target", source)
+def load_source(source: str) -> Any:  # a module, whose names are not known here
+    """Import a file that is in no package, such as one of tests.
+
+    Args:
+        source: Its path.
+
+    Raises:
+        ValueError: If it is no Python source.
+    """
+    name = f"lme_parallel_source_{Path(source).stem}"
+    specification = importlib.util.spec_from_file_location(name, source)
     if specification is None or specification.loader is None:
         raise ValueError(f"{source} cannot be imported")
     module = importlib.util.module_from_spec(specification)
     # Where dataclasses look their own module up.
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
-    return getattr(module, name)
+    return module
 
 
 def _end_groups(
