@@ -2,7 +2,9 @@
 
 `python tools/kernel_matrix.py` rewrites the table from the registry and the recorded proofs;
 `--check` only says whether it is up to date. `--record junit.xml --machine "NVIDIA H100"` takes the
-results of `pytest -m gpu --junitxml junit.xml`, run on that machine, into `proofs.json` first.
+results of `pytest -m gpu --junitxml junit.xml`, run on that machine, into `proofs.json` first. Most
+of such a test is compilation on the host: `-n 12` (pytest-xdist) shares a GPU among processes, with
+`-k "not two_to"`, and `-k two_to` alone for those that fill its memory.
 """
 
 import argparse
