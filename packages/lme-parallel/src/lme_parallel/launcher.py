@@ -140,7 +140,9 @@ class _Worker:
         mark = f"[rank {self.rank}] "
         for line in source:
             text = line.decode(errors="replace").rstrip("\n")
-            print(text if text.startswith(mark) else mark + text, file=target, flush=True)
+            # In one piece: `print` writes the end of a line by itself, behind another rank's text.
+            target.write((text if text.startswith(mark) else mark + text) + "\n")
+            target.flush()
 
 
 class _Group:
